@@ -1,0 +1,72 @@
+"""Sparse mixture-of-experts routing as one problem: the best (token, expert) pairs under a budget.
+
+    import torch, usmoe
+    routing = usmoe.route(torch.randn(2, 8, 4), usmoe.USMoE(k=1.5))
+
+`import usmoe` needs torch, numpy and jaxtyping alone; what needs more is loaded when it is first named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from usmoe import metrics
+from usmoe.layers import MoE, SoftMoE
+from usmoe.routing import ROUTERS, ExpertChoice, OwnChoice, TokenChoice, USMoE, parse_router, route
+from usmoe.types import Promises, RouterOutput, Routing
+
+if TYPE_CHECKING:
+    from usmoe.hf.calibrate import calibrate
+    from usmoe.hf.patch import patch, patched, unpatch
+    from usmoe.hf.record import record
+    from usmoe.hf.supported import supported
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "calibrate": "usmoe.hf.calibrate",
+    "patch": "usmoe.hf.patch",
+    "patched": "usmoe.hf.patch",
+    "record": "usmoe.hf.record",
+    "supported": "usmoe.hf.supported",
+    "unpatch": "usmoe.hf.patch",
+}
+
+__all__ = [
+    "ROUTERS",
+    "ExpertChoice",
+    "MoE",
+    "OwnChoice",
+    "Promises",
+    "RouterOutput",
+    "Routing",
+    "SoftMoE",
+    "TokenChoice",
+    "USMoE",
+    "__version__",
+    "calibrate",
+    "metrics",
+    "parse_router",
+    "patch",
+    "patched",
+    "record",
+    "route",
+    "supported",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'usmoe' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "usmoe":
+            raise
+        raise ImportError(f"usmoe.{name} needs {error.name}. Install it: pip install 'usmoe[hf]'.") from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,81 @@
+"""The output of the experts for a Routing: gather, project up, activate, project down, weigh, add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from usmoe.experts.grouped import grouped_linear
+from usmoe.types import Routing
+
+Activation = Callable[[Tensor], Tensor]
+"""From the up projection of a pair to its hidden value: (N, 2F) -> (N, F) where it is gated, else (N, F) -> (N, F)."""
+
+
+def experts_by_loop(
+    x: Float[Tensor, "T D"],
+    routing: Routing,
+    up: Float[Tensor, "E H D"],
+    down: Float[Tensor, "E D F"],
+    activation: Activation,
+    up_bias: Float[Tensor, "E H"] | None = None,
+    down_bias: Float[Tensor, "E D"] | None = None,
+) -> Float[Tensor, "T D"]:
+    """The oracle: one pair after the other, in plain autograd. For tests, not for use."""
+    rows = [torch.zeros_like(x[0]) for _ in range(len(x))]
+    for token, expert, weight in zip(routing.token.tolist(), routing.expert.tolist(), routing.weight, strict=True):
+        hidden = activation(F.linear(x[token], up[expert], None if up_bias is None else up_bias[expert]))
+        out = F.linear(hidden, down[expert], None if down_bias is None else down_bias[expert])
+        rows[token] = rows[token] + out * weight.to(out.dtype)
+    return torch.stack(rows) if rows else torch.zeros_like(x)
+
+
+@torch.compiler.disable
+def experts_by_pairs(
+    x: Float[Tensor, "T D"],
+    routing: Routing,
+    up: Float[Tensor, "E H D"],
+    down: Float[Tensor, "E D F"],
+    activation: Activation,
+    up_bias: Float[Tensor, "E H"] | None = None,
+    down_bias: Float[Tensor, "E D"] | None = None,
+) -> Float[Tensor, "T D"]:
+    """The fast path: every expert multiplies its contiguous slice of the pairs.
+
+    Memory grows with the N pairs, whatever their number a token; there is no buffer of T*Kmax. Under autocast the
+    products run in its dtype. The output has the dtype of the products. Compiled code breaks its graph here: the
+    number of pairs of each expert is data.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
+    counts = routing.load.tolist()
+    gathered = x.index_select(0, routing.token)
+    hidden = activation(grouped_linear(gathered, up, counts, up_bias))
+    out = grouped_linear(hidden, down, counts, down_bias)
+    return combine(out, routing.weight, routing.token, len(x))
+
+
+def combine(
+    out: Float[Tensor, "N D"], weight: Float[Tensor, " N"], token: Int[Tensor, " N"], num_tokens: int
+) -> Float[Tensor, "T D"]:
+    """The weighted sum of the outputs of each token's pairs; 0 for a token without one."""
+    weighted = out * weight.to(out.dtype).unsqueeze(-1)
+    return out.new_zeros(num_tokens, out.shape[-1]).index_add(0, token, weighted)
+
+
+def swiglu(x: Float[Tensor, "N H"]) -> Float[Tensor, "N F"]:
+    """silu(gate) * up, of the two halves of x (Shazeer 2020, arXiv 2002.05202)."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Activation] = {"swiglu": swiglu, "relu": F.relu}
+"""Activations by name."""
+
+GATED = frozenset({"swiglu"})
+"""Those that halve the width."""

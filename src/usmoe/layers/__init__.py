@@ -1,0 +1,6 @@
+"""Layers: nn.Modules that route tokens to experts."""
+
+from usmoe.layers.moe import MoE
+from usmoe.layers.soft import SoftMoE
+
+__all__ = ["MoE", "SoftMoE"]

@@ -1,0 +1,72 @@
+"""Scores: pure functions from logits to the numbers by which pairs compete and are weighed.
+
+All of them take logits in float32 at least and give 0 where a logit is -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from usmoe.routing.pools import Pools
+
+
+def in_float32_at_least(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The logits in float32, or float64 if they are: bfloat16 has too few bits to rank pairs."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def masked_softmax(logits: Float[Tensor, "..."], keep: Bool[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
+    """Softmax over the entries that are kept and finite; 0 elsewhere, and in a slice that keeps nothing."""
+    keep = keep & (logits > -torch.inf)
+    none = ~keep.any(dim, keepdim=True)
+    filled = logits.masked_fill(~keep, -torch.inf).masked_fill(none, 0.0)
+    return filled.softmax(dim).masked_fill(~keep, 0.0)
+
+
+def softmax(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    """Softmax over the experts of a token (token choice; the paper's f_t). A token whose every logit is -inf gets 0."""
+    return masked_softmax(logits, torch.ones_like(logits, dtype=torch.bool), -1)
+
+
+def sigmoid(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    """Sigmoid of each logit by itself (the expert score of the paper's Algorithm 1)."""
+    return logits.sigmoid()
+
+
+def scaled_sigmoid(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    """2 * sigmoid / E, the expert score of the paper's released code: 1/E at a logit of 0, as a softmax has on average,
+    where a plain sigmoid would swamp it."""
+    return logits.sigmoid() * (2.0 / logits.shape[-1])
+
+
+def softmax_tokens(logits: Float[Tensor, "T E"], pools: Pools) -> Float[Tensor, "T E"]:
+    """Softmax over the tokens of a pool, for each expert by itself (the paper's f_e, Definition 3.2)."""
+    pooled = pools.gather(logits)  # (G, S, E)
+    present = pools.present.unsqueeze(-1).expand_as(pooled)
+    return pools.scatter(masked_softmax(pooled, present, 1), len(logits))
+
+
+def _alone(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Pools], Tensor]:
+    return lambda logits, pools: score(logits)
+
+
+TOKEN_SCORES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}
+"""Scores that look at one token alone."""
+
+EXPERT_SCORES: dict[str, Callable[[Tensor, Pools], Tensor]] = {
+    "scaled_sigmoid": _alone(scaled_sigmoid),
+    "sigmoid": _alone(sigmoid),
+    "softmax_tokens": softmax_tokens,
+}
+"""The expert's side of the unified score: (logits (T, E), pools) -> (T, E)."""
+
+EXPERT_CHOICE_SCORES: dict[str, Callable[[Tensor, Pools], Tensor]] = {
+    "sigmoid": _alone(sigmoid),
+    "softmax_tokens": softmax_tokens,
+    "softmax_experts": _alone(softmax),
+}
+"""By what an expert chooses its tokens: (logits (T, E), pools) -> (T, E)."""
