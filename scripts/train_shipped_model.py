@@ -23,7 +23,6 @@ import ctypes
 import gzip
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -317,7 +316,7 @@ def keep_memory() -> None:
 def save(path: Path, state: dict) -> None:
     part = path.with_suffix(".part")
     torch.save(state, part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def train(recipe: Recipe, args: argparse.Namespace) -> None:

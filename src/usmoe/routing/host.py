@@ -36,6 +36,13 @@ class Host:
     alpha: float = 0.5
     """Share of the expert score in the unified score."""
 
+    def __str__(self) -> str:
+        parts = ["?" if self.k is None else f"top {self.k}", f"of {self.score}"]
+        parts += ["+ correction bias"] if self.bias is not None else []
+        parts += [f"normalised over {self.normalize}"] if self.normalize != "none" else []
+        parts += [f"times {self.scale:g}"] if self.scale != 1 else []
+        return " ".join(parts)
+
     def weighing_scores(self, logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
         """The scores that become weights."""
         return TOKEN_SCORES[self.score](logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import re
 import types
@@ -12,8 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from usmoe.routing.host import Host
-from usmoe.types import Promises
+from usmoe.routing.host import ROUTE, Host
+from usmoe.types import Promises, Routing
+
+Segments = Int[Tensor, "B L"] | None
 
 Experts = float | str | None
 """Experts a token: a number, "0.75x" of the host's, or None for the host's."""
@@ -21,16 +24,28 @@ Experts = float | str | None
 _TIMES_HOST = re.compile(r"(\d+\.?\d*|\.\d+)x")
 
 
-class Router:
+class Router(abc.ABC):
     """The text form, the dictionary form and the checks of a router's fields."""
 
     name: ClassVar[str]
     """The name in text: usmoe, token_choice, ..."""
 
     @property
+    @abc.abstractmethod
     def promises(self) -> Promises:
         """What the router guarantees, whatever the logits."""
-        raise NotImplementedError
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        logits: Float[Tensor, "B L E"],
+        valid: Bool[Tensor, "B L"] | None = None,
+        *,
+        segments: Segments = None,
+        state: Any = None,
+        host: Host = ROUTE,
+    ) -> Routing:
+        """The Routing of a batch. Logits are not checked here, but in `usmoe.route()`."""
 
     def __str__(self) -> str:
         given = [
@@ -119,6 +134,3 @@ def competing(
         competes = valid
         logits = logits.masked_fill(~valid.unsqueeze(-1), 0.0)
     return logits.flatten(0, 1), competes
-
-
-Segments = Int[Tensor, "B L"] | None

@@ -1,0 +1,41 @@
+"""The application: its commands, and one place where errors become one line."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from usmoe.cli.demo import demo
+from usmoe.cli.info import info
+from usmoe.cli.patch import patch
+from usmoe.cli.route import route
+
+app = typer.Typer(
+    name="usmoe",
+    help="Sparse mixture-of-experts routing: the best (token, expert) pairs under a budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (demo, info, route, patch):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; exit with 0 only when it did what it says."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("usmoe: stopped; nothing was half-written.", file=sys.stderr)  # noqa: T201
+        raise SystemExit(130) from None
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if debug:
+            raise
+        line = " ".join(str(error).split())
+        print(f"usmoe: {line}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(1) from None

@@ -1,0 +1,115 @@
+"""`usmoe demo`: what routing does to a language model, on real text, in one table and one picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from usmoe.cli import options
+from usmoe.cli.options import AsJson, Debug, Device, Dtype, Force, Model, Offline, Seed, Text
+
+
+def demo(
+    model: Model = None,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on, at most.", min=32)] = 16384,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=8)] = 512,
+    positions: Annotated[
+        int, typer.Option(help="Positions at which the honest perplexity is taken; 0 leaves it out.", min=0)
+    ] = 100,
+    output: Annotated[
+        Path | None, typer.Option(help="PNG of the router maps; by default a new usmoe-demo.png here.")
+    ] = None,
+    force: Force = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    offline: Offline = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare routers on one model and one text: perplexity, experts, drops, load, FLOPs.
+
+    Example: usmoe demo --model allenai/OLMoE-1B-7B-0924 --dtype bfloat16 --text book.txt
+    """
+    target = options.output_path(output, force)
+    from usmoe.cli.progress import steps_bar
+    from usmoe.cli.table import print_rows
+    from usmoe.cli.tokens import corpus
+    from usmoe.hf.compare import compare, contenders, steps
+    from usmoe.hf.load import load
+    from usmoe.hf.patch import supported_layers
+
+    loaded, tokenizer = load(model, dtype=dtype, device=device, offline=offline)
+    layers = supported_layers(loaded)
+    host = layers[0].host
+    assert host is not None
+    assert host.k is not None
+    data = corpus(tokenizer, loaded, text, tokens, length)
+    entries = contenders(host.k)
+    with steps_bar(steps(entries, positions)) as tick:
+        rows = compare(
+            loaded,
+            data.tokens,
+            entries,
+            calibration=data.calibration,
+            bytes_per_token=data.bytes_per_token,
+            positions=positions,
+            seed=seed,
+            tick=tick,
+        )
+    picture = _picture(loaded, tokenizer, data, target)
+    about = {
+        "model": model or "novelist (ships with usmoe)",
+        "text": data.source,
+        "tokens": data.tokens.numel(),
+        "length": data.tokens.shape[1],
+        "layers": len(layers),
+        "experts": layers[0].num_experts,
+        "experts_per_token": host.k,
+        "seed": seed,
+        "picture": None if picture is None else str(picture),
+    }
+    if as_json:
+        sys.stdout.write(json.dumps(about | {"rows": [row.to_dict() for row in rows]}, indent=1) + "\n")
+    else:
+        heading = (
+            f"{about['model']}: {len(layers)} MoE layers of {layers[0].num_experts} experts, {host.k} a token. "
+            f"Text: {data.source}; {data.tokens.numel():,} tokens in sequences of {data.tokens.shape[1]}."
+        )
+        print_rows(heading, rows, "" if picture is None else f"Router maps: {picture}")
+
+
+def _picture(model: Any, tokenizer: Any, data: Any, target: Path | None) -> Path | None:
+    """Write the router maps of the first words of the text; say on stderr where that is not possible."""
+    import torch
+
+    from usmoe.hf.calibrate import calibrate
+    from usmoe.hf.patch import patched
+    from usmoe.hf.record import record
+    from usmoe.report.maps import router_maps
+    from usmoe.routing import ExpertChoice, OwnChoice, USMoE
+
+    causal = calibrate(model, data.calibration.split(8), USMoE(k="0.75x"))
+    said = {}
+    for title, router in {
+        "own choice": OwnChoice(),
+        "expert choice": ExpertChoice(score="softmax_experts"),
+        "USMoE": USMoE(),
+        "causal USMoE, 0.75x": causal,
+    }.items():
+        with torch.no_grad(), patched(model, router), record(model) as trace:
+            model(input_ids=data.tokens[:1].to(model.device), use_cache=False)
+        said[title] = dict(list(trace.last.items())[:8])
+    words = [tokenizer.decode([token]) for token in data.tokens[0, :24].tolist()]
+    path = options.fresh_path("usmoe-demo.png") if target is None else target
+    try:
+        router_maps(path, said, words)
+    except ImportError:
+        sys.stderr.write("No picture: it needs matplotlib. Install it: pip install 'usmoe[viz]'.\n")
+        return None
+    return path

@@ -1,0 +1,110 @@
+"""`usmoe info`: what is installed, which routers there are and what they promise, what a model is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from usmoe.cli.options import AsJson, Debug, Device, Dtype, Offline, Seed
+
+_OPTIONAL = ("transformers", "tokenizers", "safetensors", "accelerate", "matplotlib")
+
+
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help='A folder, a hub id, or "shipped"; without it usmoe itself.')
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    offline: Offline = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is installed and what the routers promise; with MODEL, what each of its MoE layers does.
+
+    Example: usmoe info allenai/OLMoE-1B-7B-0924
+    """
+    said = _of_usmoe() if model is None else _of_model(model, dtype, device, offline)
+    if as_json:
+        sys.stdout.write(json.dumps(said, indent=1) + "\n")
+        return
+    console = Console()
+    for title, part in said.items():
+        if isinstance(part, list):
+            _table(console, title, part)
+        else:
+            console.print(f"{title:14s}{part}", highlight=False, markup=False)
+
+
+def _of_usmoe() -> dict[str, Any]:
+    import torch
+
+    from usmoe import ROUTERS, __version__
+    from usmoe.models import SHIPPED
+
+    versions = {"usmoe": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in _OPTIONAL:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    promises = []
+    for router in _examples(ROUTERS):
+        promises.append({"router": str(router)} | dataclasses.asdict(router.promises))
+    return versions | {"devices": ", ".join(devices), "shipped model": str(SHIPPED), "routers": promises}
+
+
+def _examples(routers: dict[str, Any]) -> list[Any]:
+    """Every router, with every pool that it knows."""
+    found = []
+    for router in routers.values():
+        field = next((f for f in dataclasses.fields(router) if f.name == "pool"), None)
+        if field is None:
+            found.append(router())
+        else:
+            from typing import get_args, get_type_hints
+
+            found += [router(pool=pool) for pool in get_args(get_type_hints(router)["pool"])]
+    return found
+
+
+def _of_model(model: str, dtype: str, device: str, offline: bool) -> dict[str, Any]:
+    from usmoe.hf.load import load
+    from usmoe.hf.supported import supported
+
+    loaded, _ = load(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
+    rows = [dataclasses.asdict(row) for row in supported(loaded)]
+    if not rows:
+        raise ValueError(f"{model} ({type(loaded).__name__}) has no MoE layer that transformers declares.")
+    parameters = sum(p.numel() for p in loaded.parameters())
+    return {
+        "model": model,
+        "class": type(loaded).__name__,
+        "parameters": f"{parameters:,}",
+        "layers": rows,
+    }
+
+
+def _table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)

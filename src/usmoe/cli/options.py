@@ -1,0 +1,65 @@
+"""The options that every command shares, and how text and arrays come in and go out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output file.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="A folder or a hub id; without it the model that ships with usmoe.")
+]
+Text = Annotated[
+    str | None, typer.Option("--text", help="A file of UTF-8 text, or - for stdin; without it the shipped sample.")
+]
+
+
+def read_text(source: str) -> str:
+    """The text of a file, or of stdin for "-". Raises ValueError where it is missing, empty or not UTF-8."""
+    if source == "-":
+        raw = sys.stdin.buffer.read()
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"There is no text file {source}. Give a file of UTF-8 text, or - for stdin.")
+        raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{source} is not UTF-8: line {line} holds byte 0x{raw[error.start]:02x}. Convert it."
+        ) from error
+    if not text.strip():
+        raise ValueError(f"{'stdin' if source == '-' else source} holds no text. Give some.")
+    return text
+
+
+def output_path(path: Path | None, force: bool) -> Path | None:
+    """The path, once it is known that it can be written: asked before the work, not after it."""
+    if path is None:
+        return None
+    if path.exists() and not force:
+        raise ValueError(f"{path} is already there. Give --force to overwrite it, or another --output.")
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
+    return path
+
+
+def fresh_path(name: str) -> Path:
+    """name in the working folder, or name-2, name-3, ... where it is taken."""
+    first = Path(name)
+    number, path = 1, first
+    while path.exists():
+        number += 1
+        path = first.with_stem(f"{first.stem}-{number}")
+    return path

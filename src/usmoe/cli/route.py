@@ -1,0 +1,144 @@
+"""`usmoe route`: which token goes to which expert."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from usmoe.cli.options import AsJson, Debug, Device, Dtype, Model, Offline, Seed, read_text
+
+
+def route(
+    file: Annotated[str, typer.Argument(help="UTF-8 text, - for stdin, or logits (B, L, E) or (T, E) as .npy.")] = "-",
+    router: Annotated[
+        str | None, typer.Option(help='Such as "usmoe(k=1.5)"; for text, without it the model\'s own choice.')
+    ] = None,
+    model: Model = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to route, at most.", min=1)] = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    offline: Offline = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show which token goes to which expert, in every MoE layer, and what that does to drops and load.
+
+    Example: echo "It was a dark and stormy night." | usmoe route - --router "usmoe(k=0.75x)"
+    """
+    if file.endswith(".npy"):
+        words, said = _of_logits(Path(file), router)
+    else:
+        words, said = _of_text(file, router, model, tokens, dtype, device, offline)
+    if as_json:
+        sys.stdout.write(json.dumps(_as_dict(words, said), indent=1) + "\n")
+    else:
+        _print(words, said)
+
+
+def _of_logits(path: Path, router: str | None) -> tuple[list[str], dict[str, Any]]:
+    import numpy as np
+    import torch
+
+    import usmoe
+
+    if router is None:
+        raise ValueError('Logits have no model behind them. Name a router: --router "usmoe(k=1.5)".')
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. Give logits as .npy, or text.")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not an array that numpy.save() wrote: {error}") from error
+    if array.ndim not in (2, 3) or array.dtype.kind != "f":
+        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}. Give floats (B, L, E) or (T, E).")
+    logits = torch.from_numpy(array)
+    logits = logits.unsqueeze(0) if logits.ndim == 2 else logits
+    routing = usmoe.route(logits, usmoe.parse_router(router))
+    batch, length, _ = logits.shape
+    return [f"{b},{position}" for b in range(batch) for position in range(length)], {path.name: routing}
+
+
+def _of_text(
+    file: str, router: str | None, model: str | None, most: int, dtype: str, device: str, offline: bool
+) -> tuple[list[str], dict[str, Any]]:
+    import torch
+
+    from usmoe import parse_router
+    from usmoe.cli.tokens import token_ids
+    from usmoe.hf.load import load
+    from usmoe.hf.patch import patched
+    from usmoe.hf.record import record
+    from usmoe.routing import OwnChoice
+
+    chosen = OwnChoice() if router is None else parse_router(router)
+    text = read_text(file)
+    loaded, tokenizer = load(model, dtype=dtype, device=device, offline=offline)
+    limit = getattr(loaded.config, "max_position_embeddings", None) or most
+    ids = token_ids(tokenizer, text)[: min(most, limit)]
+    with torch.no_grad(), patched(loaded, chosen), record(loaded) as trace:
+        loaded(input_ids=ids[None].to(loaded.device), use_cache=False)
+    words = [tokenizer.decode([token]) for token in ids.tolist()]
+    return words, {name: one.routing for name, one in trace.last.items()}
+
+
+def _as_dict(words: list[str], said: dict[str, Any]) -> dict[str, Any]:
+    from usmoe import metrics
+
+    return {
+        "tokens": words,
+        "layers": [
+            {
+                "layer": name,
+                "experts": routing.num_experts,
+                "pairs": [
+                    {"token": t, "expert": e, "weight": w}
+                    for t, e, w in zip(
+                        routing.token.tolist(), routing.expert.tolist(), routing.weight.tolist(), strict=True
+                    )
+                ],
+                "load": routing.load.tolist(),
+                "experts_per_token": len(routing.token) / max(routing.num_tokens, 1),
+                "dropped": metrics.dropped(routing),
+                "load_cv": metrics.load_cv(routing),
+            }
+            for name, routing in said.items()
+        ],
+    }
+
+
+def _print(words: list[str], said: dict[str, Any]) -> None:
+    from usmoe import metrics
+
+    console = Console()
+    table = Table(header_style="bold", title="experts of each token, best first", title_justify="left")
+    table.add_column("token", no_wrap=True)
+    for name in said:
+        table.add_column(name, overflow="fold")
+    columns = [_experts_of_tokens(routing) for routing in said.values()]
+    for place, word in enumerate(words):
+        table.add_row(repr(word)[1:-1], *(column[place] for column in columns))
+    table.add_section()
+    for title, figure in (
+        ("experts a token", lambda r: f"{len(r.token) / max(r.num_tokens, 1):.2f}"),
+        ("dropped", lambda r: f"{100 * metrics.dropped(r):.1f} %"),
+        ("load CV", lambda r: f"{metrics.load_cv(r):.2f}"),
+    ):
+        table.add_row(title, *(figure(routing) for routing in said.values()))
+    console.print(table)
+
+
+def _experts_of_tokens(routing: Any) -> list[str]:
+    """The experts of each token, by falling weight; a dash for a dropped token."""
+    lists: list[list[tuple[float, int]]] = [[] for _ in range(routing.num_tokens)]
+    for token, expert, weight in zip(
+        routing.token.tolist(), routing.expert.tolist(), routing.weight.tolist(), strict=True
+    ):
+        lists[token].append((-weight, expert))
+    return [" ".join(str(expert) for _, expert in sorted(pairs)) or "-" for pairs in lists]

@@ -1,0 +1,55 @@
+"""The table of `usmoe demo` and `usmoe patch`: a row a router, and a legend that a newcomer understands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from usmoe.hf.compare import Row
+
+_COLUMNS = ("perplexity", "honest", "bits/byte", "experts a token", "dropped", "load CV", "MoE MFLOPs", "seconds")
+
+
+def print_rows(heading: str, rows: Sequence[Row], footer: str = "") -> None:
+    """Print heading, table, legend and footer on stdout."""
+    console = Console()
+    console.print(heading, highlight=False, markup=False)
+    table = Table(header_style="bold")
+    table.add_column("router", overflow="fold")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+    sampled = rows[0].honest_positions
+    legend = [
+        "perplexity   teacher-forced, lower is better. * this router looks ahead: later tokens move the experts of "
+        "earlier ones, so the figure is no autoregressive model's.",
+        f"honest       each token predicted from those before it alone, on {sampled} sampled positions (± 95 %)."
+        if sampled
+        else "honest       left out (--positions 0).",
+        "experts      mean (least-most) over tokens and layers. dropped: tokens without an expert. "
+        "load CV: 0 is perfect balance.",
+        "MoE MFLOPs   a token, all MoE layers, from the pairs that were routed. seconds: wall time of one pass.",
+    ]
+    console.print("\n".join([*legend, footer] if footer else legend), highlight=False, markup=False, style="dim")
+
+
+def _cells(row: Row) -> list[str]:
+    honest = "-"
+    if row.honest_perplexity is not None and row.honest_interval is not None:
+        half = (row.honest_interval[1] - row.honest_interval[0]) / 2
+        honest = f"{row.honest_perplexity:.2f} ±{half:.2f}"
+    return [
+        row.label,
+        f"{row.perplexity:.2f}{'' if row.causal else '*'}",
+        honest,
+        f"{row.bits_per_byte:.3f}",
+        f"{row.experts_mean:.2f} ({row.experts_min}-{row.experts_max})",
+        f"{100 * row.dropped:.1f} %",
+        f"{row.load_cv:.2f}",
+        f"{row.moe_flops / 1e6:.2f}",
+        f"{row.seconds:.1f}",
+    ]

@@ -1,0 +1,103 @@
+"""`calibrate`: from a budget to a threshold, on text. A threshold looks at nothing but the pair itself, so that what
+was trained or chosen with a look-ahead pool can be served causally."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from usmoe.hf.layers import Layer
+from usmoe.hf.patch import patch_of, patched
+from usmoe.routing.pools import pools
+from usmoe.routing.router import competing, experts_per_token
+from usmoe.routing.routers import ExpertChoice, USMoE
+from usmoe.routing.scores import EXPERT_CHOICE_SCORES
+from usmoe.routing.select import budget, capacity, per_expert, top
+from usmoe.types import RouterOutput
+
+Batch = Tensor | Mapping[str, Tensor]
+"""Token ids (B, L), or what the model is called with: model(**batch). Padding is what attention_mask says."""
+
+
+@torch.no_grad()
+def calibrate(model: PreTrainedModel, batches: Iterable[Batch], router: Any) -> list[Any]:
+    """One threshold router a layer, at the budget of `router` on the text of `batches`; ready for `patch()`.
+
+    router   USMoE or ExpertChoice, whose k is the budget (None: the model's own; "0.75x" of it) and whose score ranks
+    batches  text of the kind that will be served, a few thousand tokens at least
+
+    The threshold of a layer lies where, over all real tokens of all batches, exactly floor(k*S + 0.5) pairs reach it
+    (expert choice: the capacity of each expert). Since a layer's threshold moves the scores of the layers above, the
+    scores are taken twice: under the look-ahead pool, then under the thresholds so found.
+
+    Raises ValueError for a router that no threshold can stand for, and for batches without a real token.
+    """
+    if not isinstance(router, USMoE | ExpertChoice):
+        raise ValueError(f"calibrate() finds thresholds for USMoE and ExpertChoice routers, not for {router}.")
+    batches = list(batches)
+    seed = dataclasses.replace(router, pool="sequence", threshold=None)
+    routers: Any = seed
+    for _ in range(2):
+        layers, scores = _ranking_scores(model, batches, routers, seed)
+        routers = [
+            dataclasses.replace(seed, pool="threshold", threshold=_cut(seed, layer, scores[layer.name]))
+            for layer in layers
+        ]
+    return routers
+
+
+def _ranking_scores(
+    model: PreTrainedModel, batches: list[Batch], routers: Any, seed: USMoE | ExpertChoice
+) -> tuple[list[Layer], dict[str, Tensor]]:
+    """The scores (S, E) by which `seed` would rank the pairs of all real tokens, for each layer, while the model runs
+    under `routers`."""
+    training = model.training
+    model.eval()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patched(model, routers))
+        stack.callback(model.train, training)
+        state = patch_of(model)
+        assert state is not None
+        kept: dict[str, list[Tensor]] = {layer.name: [] for layer in state.layers}
+        hosts = {layer.name: layer.host for layer in state.layers}
+
+        def listen(name: str, said: RouterOutput) -> None:
+            valid = said.routing.valid
+            batch, length, _ = said.logits.shape
+            flat, competes = competing(said.logits, None if valid is None else valid.view(batch, length))
+            group = pools("token", batch, length, competes)
+            if isinstance(seed, USMoE):
+                host = hosts[name]
+                assert host is not None
+                scores = seed.unified_scores(flat, group, host)[1]
+            else:
+                scores = EXPERT_CHOICE_SCORES[seed.score](flat, group)
+            scores = scores.masked_fill(flat == -torch.inf, -torch.inf)
+            kept[name].append(scores[competes.reshape(-1)].cpu())
+
+        state.listeners.append(listen)
+        for batch in batches:
+            given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+            model(**{name: value.to(model.device) for name, value in given.items()})
+        layers = state.layers
+    if not batches or not any(len(scores) for scores in kept[layers[0].name]):
+        raise ValueError("calibrate() was given no real token. Give batches of text, a few thousand tokens at least.")
+    return layers, {name: torch.cat(scores) for name, scores in kept.items()}
+
+
+def _cut(router: USMoE | ExpertChoice, layer: Layer, scores: Tensor) -> float | tuple[float, ...]:
+    assert layer.host is not None
+    k = experts_per_token(router.k, layer.host, layer.num_experts)
+    tokens = torch.tensor([len(scores)])
+    eligible = scores > -torch.inf
+    if isinstance(router, ExpertChoice):
+        _, cut = per_expert(scores[None], eligible[None], capacity(k, tokens, layer.num_experts))
+        return tuple(cut[0].tolist())
+    _, cut = top(scores.view(1, -1), eligible.view(1, -1), budget(k, tokens))
+    return cut.item()

@@ -1,0 +1,1 @@
+"""Pictures of Routing values and of saved results; they never see a model."""
