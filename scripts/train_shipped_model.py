@@ -33,6 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import usmoe
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -328,7 +330,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(recipe).to(device).train()
-    args.prepare_model(model)
+    usmoe.patch(model, usmoe.OwnChoice())
+    for layer in model.model.layers:
+        layer.compile()
     optimisers = optimisers_of(model, recipe)
     step = 0
     if (run / "state.pt").exists():
@@ -397,6 +401,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
             break
     checkpoint()
     if args.export:
+        usmoe.unpatch(model)
         export(model, tokenizer, args.export)
 
 
@@ -418,7 +423,6 @@ def main() -> None:
     for name, field in Recipe.__dataclass_fields__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), default=field.default)
     args = parser.parse_args()
-    args.prepare_model = lambda model: None
     keep_memory()
     train(Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__}), args)
 

@@ -33,6 +33,11 @@ def main() -> None:
             raise
         print("usmoe: stopped; nothing was half-written.", file=sys.stderr)  # noqa: T201
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        if debug or error.name is None or error.name.split(".")[0] == "usmoe":
+            raise
+        print(f"usmoe: this needs {error.name}. Install it: pip install 'usmoe[hf,viz]'.", file=sys.stderr)  # noqa: T201
+        raise SystemExit(1) from None
     except (ValueError, TypeError, OSError, ImportError) as error:
         if debug:
             raise

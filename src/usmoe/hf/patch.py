@@ -68,7 +68,7 @@ def patch(model: PreTrainedModel, router: Any) -> PreTrainedModel:
     for layer, chosen in zip(layers, routers, strict=True):
         _refuse_impossible(chosen, layer)
     unpatch(model)
-    state = Patch(layers=layers, routers=routers, previous=str(model.config._experts_implementation))
+    state = Patch(layers=layers, routers=routers, previous=model.config._experts_implementation or "eager")
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and "attention_mask" in inspect.signature(module.forward).parameters:
             outermost = module is model
@@ -194,6 +194,7 @@ def _refuse_their_balance_loss(state: Patch, module: nn.Module, arguments: Mappi
         )
 
 
+@torch.compiler.disable
 def _learn_grid(state: Patch, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
     hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     if isinstance(hidden, Tensor) and hidden.ndim == 3:
@@ -202,6 +203,7 @@ def _learn_grid(state: Patch, name: str, block: nn.Module, args: Any, kwargs: An
         state.grids.pop(name, None)
 
 
+@torch.compiler.disable  # the pairs are data: compiled code breaks its graph here
 def _reroute(state: Patch, layer: Layer, router: Any, module: nn.Module, args: Any, output: tuple) -> tuple:
     where = layer.outputs
     assert where is not None

@@ -1,0 +1,62 @@
+"""Render results/*.json into docs/results.md.
+
+usmoe demo --json --output docs/router-maps.png --force > results/demo.json
+python scripts/evaluate_shipped_model.py validation.txt.gz test.txt.gz > results/shipped_model.json
+python scripts/render_results.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    demo = json.loads((ROOT / "results/demo.json").read_text())
+    shipped = json.loads((ROOT / "results/shipped_model.json").read_text())
+    lines = [
+        "# Results",
+        "",
+        "Rendered by `python scripts/render_results.py` from `results/`; not edited by hand.",
+        "",
+        "## The shipped model on whole held-out novels",
+        "",
+        "`python scripts/evaluate_shipped_model.py validation.txt.gz test.txt.gz`: bits per byte, teacher-forced, the "
+        f"model's own choice, windows of {shipped['length']} tokens side by side (no overlap).",
+        "",
+        "| text | tokens | bits per byte |",
+        "|---|--:|--:|",
+        *(f"| {row['text']} | {row['tokens']:,} | {row['bits_per_byte']:.4f} |" for row in shipped["rows"]),
+        "",
+        "## The demo",
+        "",
+        f"`usmoe demo`: {demo['model']}, {demo['layers']} MoE layers of {demo['experts']} experts, "
+        f"{demo['experts_per_token']} a token; {demo['text']}; {demo['tokens']:,} tokens in sequences of "
+        f"{demo['length']}; seed {demo['seed']}. Honest: each token predicted from the tokens before it alone, "
+        f"{demo['rows'][0]['honest_positions']} sampled positions, 95 % interval. Where intervals overlap, no ranking "
+        "can be read from the honest column; teacher-forced figures of routers that look ahead (marked *) are no "
+        "autoregressive model's.",
+        "",
+        "| router | perplexity | honest | bits/byte | experts a token (least-most) | dropped | load CV | MoE MFLOPs |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in demo["rows"]:
+        low, high = row["honest_interval"]
+        lines.append(
+            f"| {row['label']} | {row['perplexity']:.2f}{'' if row['causal'] else '*'} "
+            f"| {row['honest_perplexity']:.2f} ({low:.2f} to {high:.2f}) | {row['bits_per_byte']:.4f} "
+            f"| {row['experts_mean']:.2f} ({row['experts_min']}-{row['experts_max']}) | {100 * row['dropped']:.1f} % "
+            f"| {row['load_cv']:.2f} | {row['moe_flops'] / 1e6:.2f} |"
+        )
+    lines += [
+        "",
+        "![Router maps: tokens by experts, a panel a layer, a row of panels a router](router-maps.png)",
+        "",
+    ]
+    (ROOT / "docs/results.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
