@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import torch
-from train_shipped_model import read_text, tokens_of
 
+from train_shipped_model import read_text, tokens_of
 from usmoe.hf.likelihood import teacher_forced
 from usmoe.hf.load import load
 

@@ -331,8 +331,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(recipe).to(device).train()
     usmoe.patch(model, usmoe.OwnChoice())
-    for layer in model.model.layers:
-        layer.compile()
+    if args.compile:
+        for layer in model.model.layers:
+            layer.compile()
     optimisers = optimisers_of(model, recipe)
     step = 0
     if (run / "state.pt").exists():
@@ -362,7 +363,6 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
         f"{bytes_a_token:.3f} bytes a token, from step {step} to {recipe.steps}",
         file=sys.stderr,
     )
-    log = (run / "log.jsonl").open("a")
     started = last = time.monotonic()
     mean: float | None = None
     while step < recipe.steps and not stop:
@@ -395,7 +395,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
                 row["validation_bits_per_byte"] = round(evaluate(model, validation, recipe, bytes_a_token), 4)
                 checkpoint()
                 last = time.monotonic()
-            print(json.dumps(row), file=log, flush=True)
+            with (run / "log.jsonl").open("a") as log:
+                print(json.dumps(row), file=log)
             print(row, file=sys.stderr)
         if args.hours and time.monotonic() - started > args.hours * 3600:
             break
@@ -412,17 +413,20 @@ def export(model, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="training text, plain or .gz")
     parser.add_argument("--validation", type=Path, required=True, help="held-out text, plain or .gz")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--hours", type=float, help="stop after so much time; the next call goes on")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the layers"
+    )
     parser.add_argument("--every", type=int, default=500, help="steps between validations and checkpoints")
     parser.add_argument("--export", type=Path, help="write the model here at the end")
     for name, field in Recipe.__dataclass_fields__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), default=field.default)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     keep_memory()
     train(Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__}), args)
 

@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import tiny
 
+from tiny import tiny
 from usmoe.cli import main
 from usmoe.models import SAMPLE, SHIPPED
 
