@@ -96,6 +96,9 @@ def test_route_shows_tokens_and_experts(usmoe_command):
     said = json.loads(out)
     assert "".join(said["tokens"]) == "It was a dark and stormy night."
     assert [layer["experts_per_token"] for layer in said["layers"]] == [4.0] * 4
+    status, out, _ = usmoe_command("route", "--tokens", "5", "--json")  # the shipped sample
+    assert status == 0
+    assert len(json.loads(out)["tokens"]) == 5
     status, out, _ = usmoe_command("route", "-", "--router", "usmoe(k=0.5x)", stdin="It was a dark night.")
     assert status == 0
     assert "2.00" in out

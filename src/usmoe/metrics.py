@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -48,7 +50,7 @@ def load_entropy(routing: Routing, valid: Valid = None) -> float:
     share = share / share.sum()
     if routing.num_experts == 1:
         return 1.0
-    return (-torch.special.xlogy(share, share).sum() / torch.log(torch.tensor(routing.num_experts))).item()
+    return -torch.special.xlogy(share, share).sum().item() / math.log(routing.num_experts)
 
 
 def unique_experts(routing: Routing, valid: Valid = None) -> float:

@@ -37,6 +37,8 @@ def demo(
     Example: usmoe demo --model allenai/OLMoE-1B-7B-0924 --dtype bfloat16 --text book.txt
     """
     target = options.output_path(output, force)
+    import torch
+
     from usmoe.cli.progress import steps_bar
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
@@ -44,6 +46,7 @@ def demo(
     from usmoe.hf.load import load
     from usmoe.hf.patch import supported_layers
 
+    torch.manual_seed(seed)
     loaded, tokenizer = load(model, dtype=dtype, device=device, offline=offline)
     layers = supported_layers(loaded)
     host = layers[0].host

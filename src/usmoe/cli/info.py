@@ -33,7 +33,7 @@ def info(
 
     Example: usmoe info allenai/OLMoE-1B-7B-0924
     """
-    said = _of_usmoe() if model is None else _of_model(model, dtype, device, offline)
+    said = _of_usmoe() if model is None else _of_model(model, seed, dtype, device, offline)
     if as_json:
         sys.stdout.write(json.dumps(said, indent=1) + "\n")
         return
@@ -78,10 +78,13 @@ def _examples(routers: dict[str, Any]) -> list[Any]:
     return found
 
 
-def _of_model(model: str, dtype: str, device: str, offline: bool) -> dict[str, Any]:
+def _of_model(model: str, seed: int, dtype: str, device: str, offline: bool) -> dict[str, Any]:
+    import torch
+
     from usmoe.hf.load import load
     from usmoe.hf.supported import supported
 
+    torch.manual_seed(seed)
     loaded, _ = load(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
     rows = [dataclasses.asdict(row) for row in supported(loaded)]
     if not rows:

@@ -36,6 +36,8 @@ def patch(
 
     Example: usmoe patch shipped --router "usmoe(k=0.75x)" --calibrate
     """
+    import torch
+
     from usmoe import parse_router
     from usmoe.cli.progress import steps_bar
     from usmoe.cli.table import print_rows
@@ -46,6 +48,7 @@ def patch(
     from usmoe.routing import OwnChoice
 
     chosen = parse_router(router)
+    torch.manual_seed(seed)
     loaded, tokenizer = load(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
     layers = supported_layers(loaded)
     data = corpus(tokenizer, loaded, text, tokens, length)

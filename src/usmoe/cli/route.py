@@ -12,10 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from usmoe.cli.options import AsJson, Debug, Device, Dtype, Model, Offline, Seed, read_text
+from usmoe.models import SAMPLE
 
 
 def route(
-    file: Annotated[str, typer.Argument(help="UTF-8 text, - for stdin, or logits (B, L, E) or (T, E) as .npy.")] = "-",
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            help="UTF-8 text, - for stdin, or logits (B, L, E) or (T, E) as .npy; without it the shipped sample."
+        ),
+    ] = None,
     router: Annotated[
         str | None, typer.Option(help='Such as "usmoe(k=1.5)"; for text, without it the model\'s own choice.')
     ] = None,
@@ -32,7 +38,10 @@ def route(
 
     Example: echo "It was a dark and stormy night." | usmoe route - --router "usmoe(k=0.75x)"
     """
-    if file.endswith(".npy"):
+    import torch
+
+    torch.manual_seed(seed)
+    if file is not None and file.endswith(".npy"):
         words, said = _of_logits(Path(file), router)
     else:
         words, said = _of_text(file, router, model, tokens, dtype, device, offline)
@@ -66,7 +75,7 @@ def _of_logits(path: Path, router: str | None) -> tuple[list[str], dict[str, Any
 
 
 def _of_text(
-    file: str, router: str | None, model: str | None, most: int, dtype: str, device: str, offline: bool
+    file: str | None, router: str | None, model: str | None, most: int, dtype: str, device: str, offline: bool
 ) -> tuple[list[str], dict[str, Any]]:
     import torch
 
@@ -78,7 +87,7 @@ def _of_text(
     from usmoe.routing import OwnChoice
 
     chosen = OwnChoice() if router is None else parse_router(router)
-    text = read_text(file)
+    text = SAMPLE.read_text(encoding="utf-8") if file is None else read_text(file)
     loaded, tokenizer = load(model, dtype=dtype, device=device, offline=offline)
     limit = getattr(loaded.config, "max_position_embeddings", None) or most
     ids = token_ids(tokenizer, text)[: min(most, limit)]

@@ -48,30 +48,14 @@ def experts_by_pairs(
 
     Memory grows with the N pairs, whatever their number a token; there is no buffer of T*Kmax. Under autocast the
     products run in its dtype. The output has the dtype of the products. `finish` is applied to the output (N, D)
-    of each pair before it is weighed (a norm, in some models). Compiled code breaks its graph here: the number of
-    pairs of each expert is data.
+    of each pair before it is weighed (a norm, in some models).
     """
-    args = (x, routing, up, down, activation, up_bias, down_bias, finish)
-    return _experts_by_pairs(*args)  # pyright: ignore[reportCallIssue] (torch types disable() as taking a function)
-
-
-@torch.compiler.disable
-def _experts_by_pairs(
-    x: Tensor,
-    routing: Routing,
-    up: Tensor,
-    down: Tensor,
-    activation: Activation,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    finish: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
     elif x.dtype != up.dtype:
         x = x.to(up.dtype)
-    counts = routing.load.tolist()
+    counts = routing.load if torch.compiler.is_compiling() else routing.load.tolist()
     gathered = x.index_select(0, routing.token)
     hidden = activation(grouped_linear(gathered, up, counts, up_bias))
     out = grouped_linear(hidden, down, counts, down_bias)

@@ -68,11 +68,11 @@ class Row:
 
 
 def contenders(k: int) -> list[Contender]:
-    """The demo's routers, for a model of k experts a token."""
-    fewer = max(1, math.floor(0.75 * k + 0.5))
+    """The demo's routers, for a model of k experts a token. Fewer experts: the whole number at or below 0.75 k."""
+    fewer = max(1, math.floor(0.75 * k))
     return [
         Contender(label="the model's own choice", router=OwnChoice()),
-        Contender(label=f"own choice, {fewer} instead of {k}", router=OwnChoice(k=fewer)),
+        *([Contender(label=f"own choice, {fewer} instead of {k}", router=OwnChoice(k=fewer))] if fewer < k else []),
         Contender(label="expert choice", router=ExpertChoice(score="softmax_experts")),
         Contender(label="USMoE, own score", router=USMoE()),
         Contender(label="USMoE, own score, 0.75x", router=USMoE(k="0.75x")),

@@ -88,11 +88,17 @@ class MoE(nn.Module):
         valid (False for padding), segments and state are those of `usmoe.route`. The output has the dtype of x, or of
         autocast where that is on.
         """
-        logits = self.gate(x)
+        padding_counts = getattr(self.router, "mask_padding", True) is False
+        if valid is None or padding_counts:
+            logits = self.gate(x)
+        else:  # the gate's weights must not see a NaN in padding: its gradient there is 0, and 0 * NaN is NaN
+            logits = self.gate(x.masked_fill(~valid.bool().unsqueeze(-1), 0))
         if self.debug:
-            check(logits, valid, segments, padding_counts=getattr(self.router, "mask_padding", True) is False)
+            check(logits, valid, segments, padding_counts)
         given = {"segments": segments, "state": state}
-        routing = self.router(logits, valid, **{k: v for k, v in given.items() if v is not None})
+        # compiled code breaks its graph here: the pairs are data, and the selection stays exact
+        router = torch.compiler.disable(self.router) if torch.compiler.is_compiling() else self.router
+        routing = router(logits, valid, **{k: v for k, v in given.items() if v is not None})
         activation = ACTIVATIONS[self.activation]
         flat = x.flatten(0, 1)
         y = experts_by_pairs(flat, routing, self.up, self.down, activation, self.up_bias, self.down_bias)

@@ -68,6 +68,8 @@ class SoftMoE(nn.Module):
         """The layer's output, and a RouterOutput: logits (B, L, E*P), one a slot, and a routing in which every real
         token has every expert, weighted by the share that the expert's slots have in the token's output."""
         batch, length, _ = x.shape
+        if valid is not None:
+            x = x.masked_fill(~valid.unsqueeze(-1), 0)  # a NaN in padding times a weight of 0 is a NaN
         tokens, slots = in_float32_at_least(x), in_float32_at_least(self.slots)
         if self.scale is not None:
             tokens = torch.nn.functional.normalize(tokens, dim=-1)
@@ -78,7 +80,7 @@ class SoftMoE(nn.Module):
         logits = logits.masked_fill(~keep, 0.0)
         dispatch = masked_softmax(logits, keep, 1)
         combine = masked_softmax(logits, keep, 2)
-        inputs = torch.einsum("bld,bls->bsd", x.masked_fill(~real.unsqueeze(-1), 0.0), dispatch.to(x.dtype))
+        inputs = torch.einsum("bld,bls->bsd", x, dispatch.to(x.dtype))
         outputs = self._experts(inputs.unflatten(1, (self.num_experts, self.slots_per_expert)))
         y = torch.einsum("bls,bsd->bld", combine.to(outputs.dtype), outputs.flatten(1, 2))
         share = combine.unflatten(-1, (self.num_experts, self.slots_per_expert)).sum(-1)

@@ -13,7 +13,7 @@ def router_maps(
     said: Mapping[str, Mapping[str, RouterOutput]],
     words: Sequence[str],
 ) -> None:
-    """Write a PNG: a row of panels for each router, a panel for each layer.
+    """Write a PNG, whole or not at all: a row of panels for each router, a panel for each layer.
 
     said   {title: {layer name: RouterOutput}}; the first sequence of each is drawn
     words  the tokens of that sequence as text; as many are drawn as there are words
@@ -45,7 +45,12 @@ def router_maps(
             if row == len(titles) - 1:
                 panel.set_xlabel("expert", fontsize=7)
     figure.suptitle("Who goes where: grey = router logit, red = chosen (token, expert) pair", fontsize=9)
-    figure.savefig(path, dpi=150, format="png")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, dpi=150, format="png")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _plain(word: str) -> str:

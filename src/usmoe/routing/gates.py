@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from usmoe.routing.scores import in_float32_at_least
+
 
 class LinearGate(nn.Module):
     """logits = x W: the gate of nearly all MoE layers."""
@@ -41,9 +43,9 @@ class CosineGate(nn.Module):
         nn.init.normal_(self.experts)
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens E"]:
-        token = F.normalize(F.linear(x, self.projection).float(), dim=-1)
-        cosine = token @ F.normalize(self.experts.float(), dim=-1).T
-        return cosine / self.log_temperature.float().exp()
+        token = F.normalize(in_float32_at_least(F.linear(x, self.projection)), dim=-1)
+        cosine = token @ F.normalize(self.experts.to(token.dtype), dim=-1).T
+        return cosine / self.log_temperature.to(token.dtype).exp()
 
 
 class NoisyGate(nn.Module):

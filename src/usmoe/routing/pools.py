@@ -27,8 +27,9 @@ class Pools:
 
     def scatter(self, values: Tensor, num_tokens: int) -> Tensor:
         """(T, E): the inverse of gather; 0 for tokens that are in no pool. Every token is in one pool at most."""
-        out = values.new_zeros(num_tokens, values.shape[-1])
-        return out.index_put((self.rows[self.present],), values[self.present])
+        flat = values.flatten(0, 1)
+        row = self.rows.where(self.present, num_tokens).reshape(-1, 1).expand_as(flat)  # one row more, for the absent
+        return flat.new_zeros(num_tokens + 1, flat.shape[-1]).scatter(0, row, flat)[:num_tokens]
 
 
 def pools(

@@ -75,8 +75,9 @@ class TokenChoice(Router):
         if self.score_order == "topk_then_score":
             ranked = flat
         mask, cut = top(ranked, (flat > -torch.inf) & competes.reshape(-1, 1), competes.reshape(-1) * k)
-        if self.score_order == "topk_then_score" and (self.score or host.score) == "softmax":
-            scores = masked_softmax(flat, mask, -1)
+        if self.score_order == "topk_then_score":  # the score sees the chosen alone
+            softmax = (self.score or host.score) == "softmax"
+            scores = masked_softmax(flat, mask, -1) if softmax else scores.where(mask, 0)
         weights = NORMALIZATIONS[self.normalize or host.normalize](scores, mask) * host.scale
         return Routing.from_dense(weights, mask, cut=cut, valid=valid, sequences=len(logits))
 
@@ -142,15 +143,17 @@ class ExpertChoice(Router):
     """E values for pool="threshold": an expert takes every token whose score reaches its own."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, list):
-            object.__setattr__(self, "threshold", tuple(self.threshold))
+        given: Any = self.threshold
+        if isinstance(given, list | Tensor):
+            listed = given.tolist() if isinstance(given, Tensor) else given
+            object.__setattr__(self, "threshold", tuple(listed))
         self._check()
         if self.pool == "threshold" and self.score == "softmax_tokens":
             raise ValueError(
                 "score=softmax_tokens needs a pool of tokens, and pool=threshold has none. "
                 "Choose score=sigmoid or softmax_experts, or pool=sequence."
             )
-        _check_threshold(self.threshold, self.pool)
+        _check_threshold(self.threshold, self.pool, one_an_expert=True)
 
     @property
     def promises(self) -> Promises:
@@ -226,8 +229,10 @@ class USMoE(Router):
 
     def __post_init__(self) -> None:
         self._check()
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha} is not a share. Choose 0 <= alpha <= 1.")
+        if self.alpha is not None and not (_is_number(self.alpha) and 0 <= self.alpha <= 1):
+            raise ValueError(f"alpha={self.alpha!r} is not a share. Choose 0 <= alpha <= 1.")
+        if not isinstance(self.mask_padding, bool):
+            raise ValueError(f"mask_padding={self.mask_padding!r} is neither True nor False. Choose one of them.")
         if self.pool == "token" and isinstance(self.k, int | float):
             whole(self.k, "pool=token")
         if self.expert_score == "softmax_tokens" and self.pool in ("token", "threshold"):
@@ -295,11 +300,21 @@ class USMoE(Router):
         return (1 - alpha) * scores + expert, (1 - alpha) * ranked + expert
 
 
-def _check_threshold(threshold: Any, pool: str) -> None:
-    if threshold is not None and pool != "threshold":
+def _check_threshold(threshold: Any, pool: str, one_an_expert: bool = False) -> None:
+    if threshold is None:
+        return
+    if pool != "threshold":
         raise ValueError(
             f"threshold={threshold} has no meaning with pool={pool}. Choose pool=threshold, or leave it out."
         )
+    values = threshold if one_an_expert else (threshold,)
+    if not isinstance(values, tuple) or not all(_is_number(value) and value == value for value in values):
+        kind = "a tuple of numbers, one an expert" if one_an_expert else "a number"
+        raise ValueError(f"threshold={threshold!r} cannot be compared with scores. Give {kind}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _thresholds(threshold: Any, router: Router, scores: Tensor) -> Tensor:

@@ -19,12 +19,18 @@ def in_float32_at_least(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _widened(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The logits in float64 on a CPU, whose vector units round an element by where it stands in memory: equal logits
+    must have equal scores, or a tie is not a tie."""
+    return logits.double() if logits.device.type == "cpu" else logits
+
+
 def masked_softmax(logits: Float[Tensor, "..."], keep: Bool[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
     """Softmax over the entries that are kept and finite; 0 elsewhere, and in a slice that keeps nothing."""
     keep = keep & (logits > -torch.inf)
     none = ~keep.any(dim, keepdim=True)
     filled = logits.masked_fill(~keep, -torch.inf).masked_fill(none, 0.0)
-    return filled.softmax(dim).masked_fill(~keep, 0.0)
+    return _widened(filled).softmax(dim).to(logits.dtype).masked_fill(~keep, 0.0)
 
 
 def softmax(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
@@ -34,13 +40,13 @@ def softmax(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
 
 def sigmoid(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
     """Sigmoid of each logit by itself (the expert score of the paper's Algorithm 1)."""
-    return logits.sigmoid()
+    return _widened(logits).sigmoid().to(logits.dtype)
 
 
 def scaled_sigmoid(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
     """2 * sigmoid / E, the expert score of the paper's released code: 1/E at a logit of 0, as a softmax has on average,
     where a plain sigmoid would swamp it."""
-    return logits.sigmoid() * (2.0 / logits.shape[-1])
+    return sigmoid(logits) * (2.0 / logits.shape[-1])
 
 
 def softmax_tokens(logits: Float[Tensor, "T E"], pools: Pools) -> Float[Tensor, "T E"]:

@@ -68,11 +68,13 @@ def _fields(inside: str, text: str) -> dict[str, Any]:
 
 
 def _value(word: str) -> Any:
-    """A number, a tuple of numbers, None, True, False or a quoted text; any other word is itself."""
+    """A number (inf too), a tuple, None, True, False or a quoted text; any other word is itself."""
+    if word.startswith(("(", "[")):
+        return tuple(_value(part.strip()) for part in word[1:-1].split(",") if part.strip())
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError):
-        return word
+        return float(word) if word in ("inf", "-inf") else word
 
 
 def _nearest(word: str, known: Any) -> str:
