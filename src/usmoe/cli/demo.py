@@ -39,10 +39,10 @@ def demo(
     target = options.output_path(output, force)
     import torch
 
-    from usmoe.cli.progress import steps_bar
+    from usmoe.cli.measure import measure
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
-    from usmoe.hf.compare import compare, contenders, steps
+    from usmoe.hf.compare import contenders
     from usmoe.hf.load import load
     from usmoe.hf.patch import supported_layers
 
@@ -54,17 +54,7 @@ def demo(
     assert host.k is not None
     data = corpus(tokenizer, loaded, text, tokens, length)
     entries = contenders(host.k)
-    with steps_bar(steps(entries, positions)) as tick:
-        rows = compare(
-            loaded,
-            data.tokens,
-            entries,
-            calibration=data.calibration,
-            bytes_per_token=data.bytes_per_token,
-            positions=positions,
-            seed=seed,
-            tick=tick,
-        )
+    rows = measure(loaded, data, entries, positions, seed)
     picture = _picture(loaded, tokenizer, data, target)
     about = {
         "model": model or "novelist (ships with usmoe)",

@@ -39,10 +39,10 @@ def patch(
     import torch
 
     from usmoe import parse_router
-    from usmoe.cli.progress import steps_bar
+    from usmoe.cli.measure import measure
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
-    from usmoe.hf.compare import Contender, compare, steps
+    from usmoe.hf.compare import Contender
     from usmoe.hf.load import load
     from usmoe.hf.patch import supported_layers
     from usmoe.routing import OwnChoice
@@ -56,17 +56,7 @@ def patch(
         Contender(label="the model's own choice", router=OwnChoice()),
         Contender(label=f"{router}, calibrated" if calibrated else router, router=chosen, calibrated=calibrated),
     ]
-    with steps_bar(steps(entries, positions)) as tick:
-        rows = compare(
-            loaded,
-            data.tokens,
-            entries,
-            calibration=data.calibration,
-            bytes_per_token=data.bytes_per_token,
-            positions=positions,
-            seed=seed,
-            tick=tick,
-        )
+    rows = measure(loaded, data, entries, positions, seed)
     about = {
         "model": model,
         "text": data.source,

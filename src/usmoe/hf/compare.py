@@ -19,7 +19,7 @@ from usmoe.hf.calibrate import calibrate
 from usmoe.hf.layers import Layer
 from usmoe.hf.likelihood import honest, teacher_forced
 from usmoe.hf.patch import patch_of, patched
-from usmoe.routing.routers import ExpertChoice, OwnChoice, USMoE
+from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 from usmoe.types import RouterOutput, Routing, promises_of
 
 

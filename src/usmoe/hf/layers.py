@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from usmoe.routing import OwnChoice
 from usmoe.routing.host import Host
-from usmoe.routing.routers import OwnChoice
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from usmoe.hf.experts import IMPLEMENTATION
 from usmoe.hf.layers import Layer, moe_layers
+from usmoe.routing import OwnChoice
 from usmoe.routing.host import Host
 from usmoe.routing.router import Router
-from usmoe.routing.routers import OwnChoice
 from usmoe.types import RouterOutput
 
 Listener = Callable[[str, RouterOutput], None]

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from usmoe.hf.patch import patch_of, patched
-from usmoe.routing.routers import OwnChoice
+from usmoe.routing import OwnChoice
 from usmoe.types import RouterOutput, Routing
 
 

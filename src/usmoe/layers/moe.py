@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from usmoe.experts.compute import ACTIVATIONS, GATED, experts_by_pairs
+from usmoe.routing import OwnChoice, USMoE
 from usmoe.routing.gates import gate_of
 from usmoe.routing.route import check
 from usmoe.routing.router import Router
-from usmoe.routing.routers import OwnChoice, USMoE
 from usmoe.types import RouterOutput
 
 
@@ -97,7 +97,8 @@ class MoE(nn.Module):
             check(logits, valid, segments, padding_counts)
         given = {"segments": segments, "state": state}
         # compiled code breaks its graph here: the pairs are data, and the selection stays exact
-        router = torch.compiler.disable(self.router) if torch.compiler.is_compiling() else self.router
+        compiling = torch.compiler.is_compiling()
+        router: Any = torch.compiler.disable(self.router) if compiling else self.router
         routing = router(logits, valid, **{k: v for k, v in given.items() if v is not None})
         activation = ACTIVATIONS[self.activation]
         flat = x.flatten(0, 1)

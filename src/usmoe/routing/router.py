@@ -134,3 +134,8 @@ def competing(
         competes = valid
         logits = logits.masked_fill(~valid.unsqueeze(-1), 0.0)
     return logits.flatten(0, 1), competes
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field holds an int or a float; True and False are neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -10,8 +10,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from usmoe.routing.expert_choice import ExpertChoice
 from usmoe.routing.router import Router
-from usmoe.routing.routers import ExpertChoice, OwnChoice, TokenChoice, USMoE
+from usmoe.routing.token_choice import OwnChoice, TokenChoice
+from usmoe.routing.unified import USMoE
 
 ROUTERS: dict[str, type[Router]] = {router.name: router for router in (TokenChoice, ExpertChoice, USMoE, OwnChoice)}
 """Every router by its name in text."""
