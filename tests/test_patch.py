@@ -247,6 +247,13 @@ def test_bfloat16():
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_the_rule_is_recognised_in_bfloat16_where_logits_tie_and_with_weights_of_any_size(family):
+    for seed, size in enumerate((0.002, 0.02, 0.2, 2.0, 20.0)):
+        model = tiny(family, seed, initializer_range=size, num_local_experts=64).to(torch.bfloat16)
+        assert all(row.supported for row in usmoe.supported(model)), size
+
+
 def test_generation_step_by_step_equals_the_whole_under_a_causal_router():
     model = tiny()
     x = tokens(1, 10)

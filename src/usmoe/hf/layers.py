@@ -125,14 +125,13 @@ def own_rule(router: nn.Module, logits_index: int = 0) -> tuple[Host, RouterOutp
     weight = getattr(router, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise UnknownRuleError("its router has no weight matrix of its own")
-    experts, width = weight.shape
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(64, width, generator=generator) * torch.logspace(-1, 1, 64)[:, None]
+    experts = weight.shape[0]
+    states = _probe(weight)
     training = router.training
     router.eval()
     try:
         # the forward itself, so that no hook of ours or another's sees the probe
-        out = router.forward(states.to(weight.device, weight.dtype))
+        out = router.forward(states)
     except TypeError as error:
         raise UnknownRuleError(f"its router takes more than the tokens ({error})") from error
     finally:
@@ -140,17 +139,37 @@ def own_rule(router: nn.Module, logits_index: int = 0) -> tuple[Host, RouterOutp
     outputs = _positions(out, logits_index, experts)
     logits, weights, indices = out[outputs.logits], out[outputs.weights], out[outputs.indices]
     k = indices.shape[-1]
-    theirs = torch.zeros(64, experts, device=weight.device).scatter(1, indices.long(), weights.float())
-    chosen = torch.zeros_like(theirs).scatter(1, indices.long(), 1.0).bool()
+    # by rank, not by index: where logits tie (in bfloat16 they do), which of the tied is taken is anybody's choice
+    theirs = _by_rank(logits, indices, weights)
     for host in _candidates(router, k):
         ours = OwnChoice()(logits.unsqueeze(0), host=host)
-        if not torch.equal(ours.mask(), chosen):
+        if len(ours.token) != indices.numel():
             continue
-        dense = ours.dense()
-        scale = _scale(theirs[chosen] / dense[chosen])
-        if torch.allclose(dense * scale, theirs, rtol=_tolerance(weights.dtype), atol=1e-6):
+        mine = ours.mask().nonzero()[:, 1].view_as(indices)
+        ranked = _by_rank(logits, mine, ours.dense().gather(1, mine))
+        scale = _scale(theirs[1] / ranked[1])
+        close = torch.allclose(ranked[1] * scale, theirs[1], rtol=_tolerance(weights.dtype), atol=1e-6)
+        if torch.equal(ranked[0], theirs[0]) and close:
             return dataclasses.replace(host, scale=scale), outputs
     raise UnknownRuleError("its router follows a rule that usmoe cannot express yet")
+
+
+def _probe(weight: Tensor) -> Tensor:
+    """64 random states (64, D) whose logits spread by 0.1 to 3, whatever the size of the router's weight: enough to
+    tell rules apart, too little for a score to underflow."""
+    states = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    spread = (states @ weight.float().T).std(-1, keepdim=True).clamp(min=1e-6)
+    wanted = torch.logspace(-1, 0.5, 64, device=weight.device)[:, None]
+    return (states * wanted / spread).to(weight.dtype)
+
+
+def _by_rank(logits: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and weights (64, k) of the chosen experts, both by falling logit (and weight, where logits tie)."""
+    chosen, weights = logits.gather(1, indices.long()).double(), weights.double()
+    order = weights.argsort(dim=1, descending=True, stable=True)
+    chosen, weights = chosen.gather(1, order), weights.gather(1, order)
+    order = chosen.argsort(dim=1, descending=True, stable=True)
+    return chosen.gather(1, order), weights.gather(1, order)
 
 
 def _positions(out: Any, logits_index: int, experts: int) -> RouterOutputs:
