@@ -74,6 +74,7 @@ USMOES: list[Any] = [
     USMoE(k=1, mask_padding=False, pool="token"),
     Hosted(USMoE(k="0.75x"), BIASED),
     Hosted(USMoE(k="0.75x", alpha=0.5, pool="batch"), PLAIN),
+    Hosted(USMoE(k=1.2, alpha=0.5), BIASED),
 ]
 
 EXPERT_CHOICES: list[Any] = [
@@ -118,8 +119,12 @@ def fit(router: Any, experts: int) -> Any:
     if isinstance(router, Hosted):
         host, bias = router.host, router.host.bias
         host = replace(host, k=min(host.k or 1, experts), bias=None if bias is None else bias[:experts])
-        whole = host.k == 1 and router.router.k == "0.75x"
-        return Hosted(replace(router.router, k=None) if whole else router.router, host)
+        k = router.router.k
+        if isinstance(k, int | float):
+            k = min(k, experts)
+        elif host.k == 1:  # a share of one expert may be no whole number
+            k = None
+        return Hosted(replace(router.router, k=k), host)
     if isinstance(router.k, int | float):
         router = replace(router, k=min(router.k, experts))
     if isinstance(router.threshold if hasattr(router, "threshold") else None, tuple):

@@ -37,7 +37,9 @@ def gradients(y: Tensor, x: Tensor, moe: nn.Module, factors: Tensor) -> dict[str
 
 
 def by_loops(moe: MoE, x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The layer, a token and a pair at a time."""
+    """The layer, a token and a pair at a time; padding that does not compete is read as 0."""
+    if valid is not None and getattr(moe.router, "mask_padding", True):
+        x = x * valid.unsqueeze(-1)
     logits = torch.stack([torch.stack([moe.gate.weight @ token for token in sequence]) for sequence in x])
     answer = oracle(moe.router, [[list(row) for row in sequence] for sequence in logits], valid)
     flat = x.flatten(0, 1)

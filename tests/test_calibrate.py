@@ -52,10 +52,12 @@ def test_expert_choice_gets_one_threshold_an_expert():
 
 def test_calibrate_leaves_the_model_as_it_was():
     model = tiny().train()
+    model.model.layers[0].eval()
     x = tokens()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    usmoe.calibrate(model, [x], usmoe.USMoE(k=2))
+    usmoe.calibrate(model, [{"input_ids": x, "use_cache": False}], usmoe.USMoE(k=2))
     assert model.training
+    assert not model.model.layers[0].training
     assert not hasattr(model, "_usmoe_patch")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -64,6 +66,8 @@ def test_what_cannot_be_calibrated_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match="not for token_choice"):
         usmoe.calibrate(model, [tokens()], usmoe.TokenChoice(k=2))
+    with pytest.raises(TypeError, match="one batch"):
+        usmoe.calibrate(model, tokens(), usmoe.USMoE(k=2))
     with pytest.raises(ValueError, match="no real token"):
         usmoe.calibrate(model, [], usmoe.USMoE(k=2))
     with pytest.raises(ValueError, match="softmax_tokens needs a pool"):

@@ -143,6 +143,13 @@ def test_by_hand_padding_is_masked_or_competes():
     assert_routes(columns, {(0, 0): 6 / 8, (1, 1): 7 / 10, (1, 2): 11 / 12})
 
 
+def test_by_hand_the_order_of_token_choice_shows_where_the_softmax_underflows():
+    """In float32 exp(-200) and exp(-190) are both 0: as scores they tie (the lower expert), as logits they do not."""
+    logits = torch.tensor([[[0.0, -200.0, -190.0]]])
+    assert pairs(usmoe.route(logits, TokenChoice(k=2))) == [(0, 0), (0, 1)]
+    assert pairs(usmoe.route(logits, TokenChoice(k=2, score_order="topk_then_score"))) == [(0, 0), (0, 2)]
+
+
 def test_by_hand_each_expert_takes_at_least_one_token():
     """k = 0.5, S = 3, E = 3: floor(.5 + .5) = 1. k = 0.1: floor(.6) = 0, but an expert never goes without."""
     for k in (0.5, 0.1):

@@ -77,8 +77,9 @@ def test_the_two_ways_to_compute_experts_agree():
 
 
 def test_segments_reach_the_router():
-    moe, x = layer(USMoE(k=1)), tokens()
+    moe, x = layer(USMoE(k=1, expert_score="softmax_tokens")), tokens()
     y, _ = moe(x, segments=torch.tensor([[0, 0, 1, 1, 1]] * B))
+    assert not torch.allclose(y, moe(x)[0])
     apart = torch.cat([moe(x[:, :2])[0], moe(x[:, 2:])[0]], 1)
     torch.testing.assert_close(y, apart, rtol=0, atol=1e-12)
 
@@ -169,7 +170,7 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, at a break
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(backend: str):
     torch.compiler.reset()
     moe = layer(USMoE(k=1.5), bias=True, shared_experts=1)

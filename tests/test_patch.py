@@ -1,5 +1,7 @@
 """Patching another library's model politely: install, disable, restore, each tested."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -54,7 +56,7 @@ def test_another_router_changes_the_logits_and_leaving_restores_every_bit(family
     assert (inside - before)[mask.bool()].abs().max() > 1e-3
     assert torch.equal(model(x, attention_mask=mask).logits, before)
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    assert model.config._experts_implementation != IMPLEMENTATION
+    assert all(m.config._experts_implementation != IMPLEMENTATION for m in model.modules() if hasattr(m, "config"))
 
 
 def block_by_loop(block: nn.Module, x: torch.Tensor, router, host, valid) -> torch.Tensor:
@@ -193,7 +195,7 @@ def test_patched_restores_the_patch_that_was_there():
     assert torch.equal(model(x).logits, outside)
     with pytest.raises(RuntimeError), usmoe.patched(usmoe.unpatch(model), usmoe.USMoE(k=1)):
         raise RuntimeError
-    assert model.config._experts_implementation != IMPLEMENTATION
+    assert not hasattr(model, "_usmoe_patch")
 
 
 def test_record_keeps_every_forward_with_its_graph():
@@ -267,6 +269,88 @@ def test_generation_step_by_step_equals_the_whole_under_a_causal_router():
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_a_mask_is_forgotten_when_the_forward_is_over():
+    model = tiny()
+    x, mask = padded()
+    usmoe.patch(model, usmoe.USMoE(k=1.5))
+    before = model.model(x).last_hidden_state
+    model(x, attention_mask=mask)
+    assert torch.equal(model.model(x).last_hidden_state, before)
+    with pytest.raises(IndexError):
+        model(x + 1000, attention_mask=mask)  # fails halfway
+    assert torch.equal(model.model(x).last_hidden_state, before)
+
+
+def test_a_mask_that_cannot_be_read_is_refused_where_tokens_compete():
+    model = tiny()
+    x = tokens()
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    usmoe.patch(model, usmoe.USMoE(k=1.5))
+    with pytest.raises(ValueError, match="which tokens are padding"):
+        model(x, attention_mask=mask)
+    usmoe.patch(model, usmoe.OwnChoice())
+    assert torch.allclose(model(x, attention_mask=mask).logits, model(x).logits, atol=1e-5)
+
+
+def test_two_models_of_one_configuration_do_not_disturb_each_other():
+    one = tiny()
+    other = type(one)(one.config).eval()
+    other.load_state_dict(one.state_dict())
+    x = tokens()
+    plain = one(x).logits
+    usmoe.patch(one, usmoe.USMoE(k=1))
+    usmoe.patch(other, usmoe.USMoE(k=2))
+    first, second = one(x).logits, other(x).logits
+    usmoe.unpatch(one)
+    assert torch.equal(one(x).logits, plain)
+    assert torch.equal(other(x).logits, second)
+    usmoe.patch(one, usmoe.USMoE(k=1))
+    assert torch.equal(one(x).logits, first)
+
+
+def test_a_deep_copy_is_patched_like_its_original_and_apart_from_it():
+    model = usmoe.patch(tiny(), usmoe.USMoE(k=1.5))
+    x = tokens()
+    patched = model(x).logits
+    twin = copy.deepcopy(model)
+    usmoe.unpatch(model)
+    assert torch.equal(twin(x).logits, patched)
+    assert torch.equal(usmoe.unpatch(twin)(x).logits, model(x).logits)
+
+
+def test_a_part_of_a_patched_model_is_not_patched_again():
+    model = usmoe.patch(tiny(), usmoe.OwnChoice())
+    with pytest.raises(ValueError, match="part of a model that is patched"):
+        usmoe.patch(model.model, usmoe.USMoE(k=1))
+    usmoe.unpatch(model)
+    usmoe.patch(model.model, usmoe.USMoE(k=1))
+    with pytest.raises(ValueError, match="patched by itself"):
+        usmoe.patch(model, usmoe.USMoE(k=1))
+
+
+def test_record_goes_on_when_the_model_is_patched_inside_it():
+    model = tiny()
+    x = tokens()
+    with usmoe.record(model) as trace:
+        model(x)
+        with usmoe.patched(model, usmoe.USMoE(k=1)):
+            model(x)
+        model(x)
+    assert [len(said.routing.token) for said in trace["model.layers.0.mlp"]] == [96, 24, 96]
+    assert not hasattr(model, "_usmoe_patch")
+    with usmoe.record(model) as trace:
+        usmoe.patch(model, usmoe.USMoE(k=1))
+        model(x)
+    assert [len(said.routing.token) for said in trace["model.layers.0.mlp"]] == [24]
+    assert hasattr(model, "_usmoe_patch")
+
+
+def test_a_router_that_returns_no_routing_is_named():
+    model = usmoe.patch(tiny(), lambda logits, valid, **kw: logits)
+    with pytest.raises(TypeError, match="returned a Tensor"):
+        model(tokens())
+
+
 def test_supported_says_what_each_layer_does():
     rows = usmoe.supported(tiny("mixtral"))
     assert [row.layer for row in rows] == ["model.layers.0.mlp", "model.layers.1.mlp"]
@@ -319,6 +403,11 @@ def test_their_balance_loss_is_refused_under_another_route():
     usmoe.patch(model, usmoe.USMoE(k=2))
     with pytest.raises(ValueError, match="assumes token choice"):
         model(x, labels=x, output_router_logits=True)
-    assert model(x, output_router_logits=True).router_logits is not None
+    out = model(x, output_router_logits=True)
+    assert out.router_logits is not None
+    assert out.aux_loss is None  # computed for token choice, so it says nothing here
+    usmoe.patch(model, usmoe.OwnChoice(k=1))
+    with pytest.raises(ValueError, match="assumes token choice"):
+        model(x, labels=x, output_router_logits=True)
     usmoe.patch(model, usmoe.OwnChoice())
     assert model(x, labels=x, output_router_logits=True).aux_loss is not None

@@ -22,7 +22,7 @@ from torch import Tensor
 Budget = Literal["exact", "expected", "capped", "none"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
     """Which token goes to which expert, and with what weight: what every router returns.
 
@@ -120,7 +120,7 @@ class Routing:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RouterOutput:
     """What a MoE layer says beside its output: a loss, a metric or a plot is a function of this value."""
 

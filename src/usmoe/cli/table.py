@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from usmoe.hf.compare import Row
 
-_COLUMNS = ("perplexity", "honest", "bits/byte", "experts a token", "dropped", "load CV", "MoE MFLOPs", "seconds")
+_COLUMNS = ("perplexity", "honest", "bits/\nbyte", "experts\na token", "dropped", "load\nCV", "MoE\nMFLOPs", "seconds")
+_LEFT_OUT_WHERE_NARROW = (2, 7)
+"""Columns that a terminal of fewer than 100 characters does without; --json has them all."""
 
 
 def print_rows(heading: str, rows: Sequence[Row], footer: str = "") -> None:
     """Print heading, table, legend and footer on stdout."""
     console = Console()
     console.print(heading, highlight=False, markup=False)
-    table = Table(header_style="bold")
-    table.add_column("router", overflow="fold")
-    for name in _COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("router", min_width=16, overflow="fold")
+    shown = [i for i in range(len(_COLUMNS)) if console.width >= 100 or i not in _LEFT_OUT_WHERE_NARROW]
+    for i in shown:
+        table.add_column(_COLUMNS[i], justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row))
+        label, *cells = _cells(row)
+        table.add_row(label, *(cells[i] for i in shown))
     console.print(table)
     sampled = rows[0].honest_positions
     legend = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,8 +40,12 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch], router: Any) -> 
     """
     if not isinstance(router, USMoE | ExpertChoice):
         raise ValueError(f"calibrate() finds thresholds for USMoE and ExpertChoice routers, not for {router}.")
+    if isinstance(batches, Tensor | Mapping):
+        raise TypeError("calibrate() was given one batch. Give a list of batches: [batch].")
     batches = list(batches)
     seed = dataclasses.replace(router, pool="sequence", threshold=None)
+    spare = (0.0,) if isinstance(router, ExpertChoice) else 0.0
+    dataclasses.replace(seed, pool="threshold", threshold=spare)  # refuses a score that needs a pool, before the work
     routers: Any = seed
     for _ in range(2):
         layers, scores = _ranking_scores(model, batches, routers, seed)
@@ -57,11 +61,9 @@ def _ranking_scores(
 ) -> tuple[list[Layer], dict[str, Tensor]]:
     """The scores (S, E) by which `seed` would rank the pairs of all real tokens, for each layer, while the model runs
     under `routers`."""
-    training = model.training
-    model.eval()
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(model, routers))
-        stack.callback(model.train, training)
+        stack.enter_context(_evaluating(model))
         state = patch_of(model)
         assert state is not None
         kept: dict[str, list[Tensor]] = {layer.name: [] for layer in state.layers}
@@ -84,11 +86,23 @@ def _ranking_scores(
         state.listeners.append(listen)
         for batch in batches:
             given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-            model(**{name: value.to(model.device) for name, value in given.items()})
+            model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()})
         layers = state.layers
     if not batches or not any(len(scores) for scores in kept[layers[0].name]):
         raise ValueError("calibrate() was given no real token. Give batches of text, a few thousand tokens at least.")
     return layers, {name: torch.cat(scores) for name, scores in kept.items()}
+
+
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Every module in evaluation mode; then each as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _cut(router: USMoE | ExpertChoice, layer: Layer, scores: Tensor) -> float | tuple[float, ...]:

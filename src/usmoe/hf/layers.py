@@ -133,7 +133,7 @@ def own_rule(router: nn.Module, logits_index: int = 0) -> tuple[Host, RouterOutp
         # the forward itself, so that no hook of ours or another's sees the probe
         out = router.forward(states)
     except TypeError as error:
-        raise UnknownRuleError(f"its router takes more than the tokens ({error})") from error
+        raise UnknownRuleError("its router cannot be asked by itself: it needs more than the tokens") from error
     finally:
         router.train(training)
     outputs = _positions(out, logits_index, experts)
@@ -147,8 +147,9 @@ def own_rule(router: nn.Module, logits_index: int = 0) -> tuple[Host, RouterOutp
             continue
         mine = ours.mask().nonzero()[:, 1].view_as(indices)
         ranked = _by_rank(logits, mine, ours.dense().gather(1, mine))
-        scale = _scale(theirs[1] / ranked[1])
-        close = torch.allclose(ranked[1] * scale, theirs[1], rtol=_tolerance(weights.dtype), atol=1e-6)
+        tolerance = 1e-4 if weights.dtype in (torch.float32, torch.float64) else 2e-2
+        scale = _scale(theirs[1] / ranked[1], router, tolerance)
+        close = torch.allclose(ranked[1] * scale, theirs[1], rtol=tolerance, atol=1e-6)
         if torch.equal(ranked[0], theirs[0]) and close:
             return dataclasses.replace(host, scale=scale), outputs
     raise UnknownRuleError("its router follows a rule that usmoe cannot express yet")
@@ -198,12 +199,11 @@ def _candidates(router: nn.Module, k: int) -> Iterator[Host]:
             yield Host(k=k, score=score, normalize=normalize, bias=bias, alpha=0.0)
 
 
-def _scale(ratio: Tensor) -> float:
-    """The common factor of the weights: 1 exactly where it is 1 to rounding."""
-    middle = ratio.double().median().item() if ratio.numel() else 1.0
-    nearest = round(middle, 4)
-    return nearest if abs(middle - nearest) < 2e-3 * abs(middle) else middle
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+def _scale(ratio: Tensor, router: nn.Module, tolerance: float) -> float:
+    """The common factor of the weights: 1, or the factor that the router names, where it is that to rounding."""
+    middle = ratio.double().nanmedian().item() if ratio.numel() else 1.0
+    named = getattr(router, "routed_scaling_factor", None)
+    for known in (1.0, named):
+        if isinstance(known, int | float) and abs(middle - known) <= tolerance * abs(known):
+            return float(known)
+    return middle

@@ -8,6 +8,7 @@ our function in transformers' experts interface. No weight and no class is chang
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -24,8 +25,8 @@ from usmoe.hf.experts import IMPLEMENTATION
 from usmoe.hf.layers import Layer, moe_layers
 from usmoe.routing import OwnChoice
 from usmoe.routing.host import Host
-from usmoe.routing.router import Router
-from usmoe.types import RouterOutput
+from usmoe.routing.router import Router, refuse_what_is_no_router, routing_of
+from usmoe.types import RouterOutput, promises_of
 
 Listener = Callable[[str, RouterOutput], None]
 """Called with the name of a layer and what its router said."""
@@ -39,11 +40,15 @@ class Patch:
 
     layers: list[Layer]
     routers: list[Any]
-    previous: str
-    """The experts implementation to restore."""
+    token: object
+    """Who made it: a patch that is put back has the token that it had."""
+    configs: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    """Experts modules, each with the configuration to restore."""
     handles: list[Any] = field(default_factory=list)
     valid: Tensor | None = None
     """(B, L) of the forward in progress (or the last one: gradient checkpointing runs layers again after it)."""
+    running: bool = False
+    """Whether the patched model's own forward is in progress."""
     listeners: list[Listener] = field(default_factory=list)
     grids: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(B, L) of each block's input."""
@@ -54,64 +59,87 @@ def patch(model: PreTrainedModel, router: Any) -> PreTrainedModel:
 
     router  one for all MoE layers, a list with one for each, or {layer name: router}, where layers that are not named
             keep their own choice. A field that is None means the model's own: its k, its score (correction bias
-            included), its normalisation and scaling, with alpha 0.
+            included), its normalisation and scaling, with alpha 0. A router of the user's own is called as
+            router(logits (B, L, E), valid (B, L) or None, host=...), where host carries the model's own rule.
 
-    A model that is already patched is patched anew. Raises ValueError where the model has no MoE layer or one that is
-    not supported, and where a router cannot work in a layer; the model is then as it was.
+    A model that is already patched is patched anew. With activation checkpointing, run backward before the next
+    forward: the recomputation knows the padding of the last forward alone.
+
+    Raises ValueError where the model has no MoE layer or one that is not supported, and where a router cannot work in a
+    layer; the model is then as it was.
     """
-    routed = {name: module for name, module in model.named_modules() if getattr(module, _ATTRIBUTE, None) is not None}
-    inside = [name for name in routed if name]
-    if inside:
-        raise ValueError(f"{inside[0]} of this model is patched by itself. Unpatch that module first: usmoe.unpatch().")
+    _refuse_nested(model)
     layers = supported_layers(model)
     routers = _one_for_each(router, layers)
     for layer, chosen in zip(layers, routers, strict=True):
-        _refuse_impossible(chosen, layer)
+        refuse_what_is_no_router(chosen)
+        if isinstance(chosen, Router):
+            chosen(torch.zeros(1, 1, layer.num_experts), host=_on_cpu(layer))
+    _install(model, layers, routers, object())
+    return model
+
+
+def _install(model: PreTrainedModel, layers: list[Layer], routers: list[Any], token: object) -> None:
+    """Replace whatever patch there is; those who listen to the old one listen to the new one."""
+    old = patch_of(model)
     unpatch(model)
-    state = Patch(layers=layers, routers=routers, previous=model.config._experts_implementation or "eager")
+    state = Patch(
+        layers=layers,
+        routers=routers,
+        token=token,
+        listeners=[] if old is None else old.listeners,
+    )
+    setattr(model, _ATTRIBUTE, state)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and "attention_mask" in inspect.signature(module.forward).parameters:
-            outermost = module is model
-            hook = partial(_learn_padding, state, inspect.signature(module.forward), outermost)
-            state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            learn = partial(_learn_padding, state, inspect.signature(module.forward), module is model)
+            state.handles.append(module.register_forward_pre_hook(learn, with_kwargs=True))
+    state.handles.append(model.register_forward_hook(partial(_leave, state), always_call=True))
     for layer, chosen in zip(layers, routers, strict=True):
-        state.handles.append(
-            layer.block.register_forward_pre_hook(partial(_learn_grid, state, layer.name), with_kwargs=True)
-        )
+        assert layer.experts is not None
+        # a configuration of their own for the experts: the model's may be shared with another model
+        state.configs.append((layer.experts, layer.experts.config))
+        layer.experts.config = copy.copy(layer.experts.config)
+        layer.experts.config._experts_implementation_internal = IMPLEMENTATION  # pyright: ignore
+        learn = partial(_learn_grid, state, layer.name)
+        state.handles.append(layer.block.register_forward_pre_hook(learn, with_kwargs=True))
         state.handles.append(layer.router.register_forward_hook(partial(_reroute, state, layer, chosen)))
-    model.set_experts_implementation(IMPLEMENTATION)
-    setattr(model, _ATTRIBUTE, state)
-    return model
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, routing by itself again; bit for bit as before. Nothing happens to one that is not patched."""
-    state: Patch | None = getattr(model, _ATTRIBUTE, None)
+    state = patch_of(model)
     if state is not None:
         for handle in state.handles:
             handle.remove()
-        model.set_experts_implementation(state.previous)
+        for experts, config in state.configs:
+            experts.config = config
         delattr(model, _ATTRIBUTE)
     return model
 
 
 @contextlib.contextmanager
 def patched(model: PreTrainedModel, router: Any) -> Iterator[PreTrainedModel]:
-    """The model under `router` for the length of a with block; then as it was before, patched or not."""
+    """The model under `router` for the length of a with block; then as it was before, patched or not. A patch that was
+    made inside of the block, by patch() or unpatch(), is left as it is."""
     before = patch_of(model)
     patch(model, router)
+    mine = patch_of(model)
+    assert mine is not None
     try:
         yield model
     finally:
-        if before is None:
-            unpatch(model)
-        else:
-            patch(model, before.routers)
+        now = patch_of(model)
+        if now is not None and now.token is mine.token:
+            if before is None:
+                unpatch(model)
+            else:
+                _install(model, before.layers, before.routers, before.token)
 
 
 def patch_of(model: nn.Module) -> Patch | None:
     """The Patch that a model carries, or None."""
-    return getattr(model, _ATTRIBUTE, None)
+    return model.__dict__.get(_ATTRIBUTE)
 
 
 def supported_layers(model: PreTrainedModel) -> list[Layer]:
@@ -152,11 +180,13 @@ def _one_for_each(router: Any, layers: Sequence[Layer]) -> list[Any]:
     return [router] * len(layers)
 
 
-def _refuse_impossible(router: Any, layer: Layer) -> None:
-    if isinstance(router, Router):
-        router(torch.zeros(1, 1, layer.num_experts), host=_on_cpu(layer))
-    elif not callable(router):
-        raise TypeError(f"router={router!r} is not a router. Give one of usmoe's, or a callable (logits, valid, **kw).")
+def _refuse_nested(model: PreTrainedModel) -> None:
+    inside = [name for name, module in model.named_modules() if name and patch_of(module) is not None]
+    if inside:
+        raise ValueError(f"{inside[0]} of this model is patched by itself. Unpatch that module first: usmoe.unpatch().")
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    if patch_of(model) is None and any(getattr(hook, "func", None) is _reroute for hook in hooks):
+        raise ValueError("This module is part of a model that is patched. Patch the whole model, or unpatch it first.")
 
 
 def _on_cpu(layer: Layer) -> Host:
@@ -177,16 +207,44 @@ def _learn_padding(
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         length = mask.shape[1] if tokens is None else tokens.shape[1]
         state.valid = mask[:, mask.shape[1] - length :].bool()
-    elif outermost:
+    elif outermost or not state.running:
+        if mask is not None:
+            _refuse_unreadable(state, mask)
         state.valid = None
     if outermost:
+        state.running = True
         _refuse_their_balance_loss(state, module, arguments | arguments.get("kwargs", {}))
+
+
+def _refuse_unreadable(state: Patch, mask: Any) -> None:
+    """Where tokens compete, padding must be known; a router that looks at one token alone may do without."""
+    for router in state.routers:
+        promises = promises_of(router)
+        if not (promises.causal and promises.batch_independent):
+            kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
+            raise ValueError(
+                f"usmoe cannot tell from an attention mask {kind} which tokens are padding, and under {router} padding "
+                "would compete. Give attention_mask (sequences, tokens), 0 for padding."
+            )
+
+
+def _leave(state: Patch, module: nn.Module, args: Any, output: Any) -> Any:
+    """After the model's forward, also one that failed. A balance loss that it computed for token choice is none."""
+    state.running = False
+    if _others(state) and getattr(output, "aux_loss", None) is not None:
+        output.aux_loss = None
+    return output
+
+
+def _others(state: Patch) -> list[Any]:
+    """The routers that are not the model's own choice, as it is."""
+    return [router for router in state.routers if router != OwnChoice()]
 
 
 def _refuse_their_balance_loss(state: Patch, module: nn.Module, arguments: Mapping[str, Any]) -> None:
     asked = arguments.get("output_router_logits")
     asked = getattr(module.config, "output_router_logits", False) if asked is None else asked
-    other = [router for router in state.routers if not isinstance(router, OwnChoice)]
+    other = _others(state)
     if asked and other and arguments.get("labels") is not None:
         raise ValueError(
             f"output_router_logits=True adds a balance loss that assumes token choice, and this model routes by "
@@ -216,7 +274,7 @@ def _reroute(state: Patch, layer: Layer, router: Any, module: nn.Module, args: A
             f"{layer.name} sees {batch} x {length} tokens, but the attention mask speaks of {tuple(valid.shape)}. "
             "usmoe cannot tell which of them are padding."
         )
-    routing = router(logits, None if valid is None else valid.to(logits.device), host=layer.host)
+    routing = routing_of(router, router(logits, None if valid is None else valid.to(logits.device), host=layer.host))
     said = RouterOutput(routing=routing, logits=logits)
     for listener in state.listeners:
         listener(layer.name, said)

@@ -12,7 +12,7 @@ from usmoe.experts.compute import ACTIVATIONS, GATED, experts_by_pairs
 from usmoe.routing import OwnChoice, USMoE
 from usmoe.routing.gates import gate_of
 from usmoe.routing.route import check
-from usmoe.routing.router import Router
+from usmoe.routing.router import Router, refuse_what_is_no_router, routing_of
 from usmoe.types import RouterOutput
 
 
@@ -48,6 +48,8 @@ class MoE(nn.Module):
         gate            linear | cosine | noisy | frozen, or a module (B, L, D) -> (B, L, E)
         shared_experts  experts of width F that every token passes, beside the routed ones
         debug           check logits, valid and segments at every call, as route() does; this stalls a GPU
+
+        Raises ValueError for sizes below 1, unknown names, and a router that cannot work with so many experts.
         """
         super().__init__()
         for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_experts", num_experts)):
@@ -88,11 +90,12 @@ class MoE(nn.Module):
         valid (False for padding), segments and state are those of `usmoe.route`. The output has the dtype of x, or of
         autocast where that is on.
         """
+        if x.ndim != 3 or x.shape[-1] != self.up.shape[-1]:
+            raise ValueError(f"x is {tuple(x.shape)}. Give (sequences, tokens, {self.up.shape[-1]}).")
         padding_counts = getattr(self.router, "mask_padding", True) is False
-        if valid is None or padding_counts:
-            logits = self.gate(x)
-        else:  # the gate's weights must not see a NaN in padding: its gradient there is 0, and 0 * NaN is NaN
-            logits = self.gate(x.masked_fill(~valid.bool().unsqueeze(-1), 0))
+        if valid is not None and not padding_counts:  # a NaN in padding times a gradient of 0 is a NaN
+            x = x.masked_fill(~valid.bool().unsqueeze(-1), 0)
+        logits = self.gate(x)
         if self.debug:
             check(logits, valid, segments, padding_counts)
         given = {"segments": segments, "state": state}
@@ -100,6 +103,7 @@ class MoE(nn.Module):
         compiling = torch.compiler.is_compiling()
         router: Any = torch.compiler.disable(self.router) if compiling else self.router
         routing = router(logits, valid, **{k: v for k, v in given.items() if v is not None})
+        routing_of(self.router, routing)
         activation = ACTIVATIONS[self.activation]
         flat = x.flatten(0, 1)
         y = experts_by_pairs(flat, routing, self.up, self.down, activation, self.up_bias, self.down_bias)
@@ -121,7 +125,6 @@ def _refuse_impossible(router: Any, num_experts: int) -> None:
         raise ValueError(
             "OwnChoice() is a pretrained model's own rule; a new layer has none. Name one: TokenChoice(k=2)."
         )
+    refuse_what_is_no_router(router)
     if isinstance(router, Router):
         router(torch.zeros(1, 1, num_experts))
-    elif not callable(router):
-        raise TypeError(f"router={router!r} is not a router. Give one of usmoe's, or a callable (logits, valid, **kw).")

@@ -34,7 +34,7 @@ def router_maps(
             panel.imshow(one.logits[0, :shown].float().cpu().numpy(), aspect="auto", cmap="Greys", interpolation="none")
             token, expert = one.routing.token.cpu(), one.routing.expert.cpu()
             drawn = token < shown
-            panel.scatter(expert[drawn].numpy(), token[drawn].numpy(), s=9, c="#d1495b", marker="s", linewidths=0)
+            panel.scatter(expert[drawn].numpy(), token[drawn].numpy(), s=16, c="#d1495b", marker="s", linewidths=0)
             panel.set_xticks([0, experts - 1])
             panel.set_yticks(range(shown), [_plain(word) for word in words[:shown]], fontsize=6)
             panel.tick_params(length=0)

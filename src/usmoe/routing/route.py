@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from usmoe.routing.router import refuse_what_is_no_router, routing_of
 from usmoe.types import Routing
 
 
@@ -28,15 +29,11 @@ def route(
 
     Raises ValueError for shapes and dtypes that do not fit, and for NaN or +inf logits of real tokens.
     """
+    refuse_what_is_no_router(router)
     check(logits, valid, segments, padding_counts=getattr(router, "mask_padding", True) is False)
     keywords = {"segments": segments, "state": state}
-    routing = router(logits, valid, **{name: value for name, value in keywords.items() if value is not None})
-    if not isinstance(routing, Routing):
-        raise TypeError(
-            f"The router {router} returned a {type(routing).__name__}. A router returns a usmoe.Routing; "
-            "Routing.from_dense(weights, mask) makes one."
-        )
-    return routing
+    given = {name: value for name, value in keywords.items() if value is not None}
+    return routing_of(router, router(logits, valid, **given))
 
 
 def check(logits: Tensor, valid: Tensor | None, segments: Tensor | None, padding_counts: bool = False) -> None:
@@ -48,15 +45,18 @@ def check(logits: Tensor, valid: Tensor | None, segments: Tensor | None, padding
     if logits.shape[-1] == 0:
         raise ValueError("logits have no experts: the last axis is empty. Give at least one expert.")
     grid = tuple(logits.shape[:2])
-    if valid is not None and (tuple(valid.shape) != grid or valid.dtype != torch.bool):
+    if valid is not None and (_shape(valid) != grid or valid.dtype != torch.bool):
+        kind = getattr(valid, "dtype", "no dtype")
         raise ValueError(
-            f"valid is {tuple(valid.shape)} of {valid.dtype}. Give a bool tensor {grid}, False for padding "
+            f"valid is {_shape(valid)} of {kind}. Give a bool tensor {grid}, False for padding "
             "(attention_mask.bool(), say)."
         )
     if segments is not None and (
-        tuple(segments.shape) != grid or segments.is_floating_point() or segments.dtype == torch.bool
+        _shape(segments) != grid or segments.is_floating_point() or segments.dtype == torch.bool
     ):
-        raise ValueError(f"segments are {tuple(segments.shape)} of {segments.dtype}. Give an int tensor {grid}.")
+        raise ValueError(
+            f"segments are {_shape(segments)} of {getattr(segments, 'dtype', 'no dtype')}. Give an int tensor {grid}."
+        )
     read = logits if valid is None or padding_counts else logits[valid]
     for name, wrong in (("NaN", read.isnan()), ("+inf", read == torch.inf)):
         if wrong.any():
@@ -64,3 +64,8 @@ def check(logits: Tensor, valid: Tensor | None, segments: Tensor | None, padding
                 f"{int(wrong.sum())} of {wrong.numel()} logits are {name}. A router cannot rank them: give finite "
                 "logits, and -inf where a pair must never be chosen."
             )
+
+
+def _shape(value: Any) -> Any:
+    """The shape of a tensor; what it is, for anything else."""
+    return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"

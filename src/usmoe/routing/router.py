@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import numbers
 import re
 import types
 import typing
@@ -48,6 +49,7 @@ class Router(abc.ABC):
         """The Routing of a batch. Logits are not checked here, but in `usmoe.route()`."""
 
     def __str__(self) -> str:
+        """The fields that differ from their defaults, in a form that parse_router reads."""
         given = [
             f"{field.name}={_as_text(getattr(self, field.name))}"
             for field in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
@@ -69,6 +71,9 @@ class Router(abc.ABC):
                 listed = ", ".join(str(value) for value in known)
                 raise ValueError(f"{self.name} does not know {name}={getattr(self, name)!r}. Choose one of: {listed}.")
         k = getattr(self, "k", None)
+        if isinstance(k, numbers.Real) and not isinstance(k, int | float):  # a numpy scalar, say
+            k = int(k) if isinstance(k, numbers.Integral) else float(k)
+            object.__setattr__(self, "k", k)
         if isinstance(k, str):
             if not _TIMES_HOST.fullmatch(k) or float(k[:-1]) <= 0:
                 raise ValueError(f'k={k!r} is not a budget. Give a number above 0, or a text such as "0.75x".')
@@ -91,6 +96,26 @@ def _as_text(value: Any) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_as_text, value))}{',' if len(value) == 1 else ''})"
     return str(value)
+
+
+def refuse_what_is_no_router(router: Any) -> None:
+    """Raise TypeError, in a sentence, for what cannot be called as a router."""
+    if isinstance(router, str):
+        raise TypeError(f"The router is a text, {router!r}. Make it a router first: usmoe.parse_router({router!r}).")
+    if isinstance(router, type):
+        raise TypeError(f"The router is the class {router.__name__}. Make one of it: {router.__name__}(k=2), say.")
+    if not callable(router):
+        raise TypeError(f"router={router!r} is not a router. Give one of usmoe's, or a callable (logits, valid, **kw).")
+
+
+def routing_of(router: Any, routing: Any) -> Routing:
+    """What a router returned, once it is known to be a Routing; TypeError otherwise."""
+    if not isinstance(routing, Routing):
+        raise TypeError(
+            f"The router {router} returned a {type(routing).__name__}. A router returns a usmoe.Routing; "
+            "Routing.from_dense(weights, mask) makes one."
+        )
+    return routing
 
 
 def experts_per_token(k: Experts, host: Host, num_experts: int) -> float:

@@ -20,9 +20,9 @@ def in_float32_at_least(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def _widened(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The logits in float64 on a CPU, whose vector units round an element by where it stands in memory: equal logits
-    must have equal scores, or a tie is not a tie."""
-    return logits.double() if logits.device.type == "cpu" else logits
+    """The logits in float64, to be rounded back: vector units round an element, and order a sum, by where it stands in
+    memory, while equal logits must have equal scores, or a tie is not a tie."""
+    return logits.double()
 
 
 def masked_softmax(logits: Float[Tensor, "..."], keep: Bool[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
@@ -30,6 +30,9 @@ def masked_softmax(logits: Float[Tensor, "..."], keep: Bool[Tensor, "..."], dim:
     keep = keep & (logits > -torch.inf)
     none = ~keep.any(dim, keepdim=True)
     filled = logits.masked_fill(~keep, -torch.inf).masked_fill(none, 0.0)
+    if logits.dtype == torch.float64 and logits.numel():  # nothing wider to round from: sum in the order of size
+        powers = (filled - filled.amax(dim, keepdim=True)).exp()
+        return (powers / powers.sort(dim).values.sum(dim, keepdim=True)).masked_fill(~keep, 0.0)
     return _widened(filled).softmax(dim).to(logits.dtype).masked_fill(~keep, 0.0)
 
 

@@ -22,7 +22,7 @@ _CALL = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _FIELD = re.compile(r"\s*(\w+)\s*=\s*((?:\([^()]*\)|\[[^\[\]]*\]|[^,()\[\]])+?)\s*(?:,|$)", re.DOTALL)
 
 
-def parse_router(text: str | Mapping[str, Any]) -> Router | Callable[..., Any]:
+def parse_router(text: str | Mapping[str, Any] | Router) -> Router | Callable[..., Any]:
     """The router that a text or a dictionary describes: the inverse of `str(router)` and `router.to_dict()`.
 
         parse_router("usmoe(k=1.5, alpha=0.5)") == USMoE(k=1.5, alpha=0.5)
@@ -30,6 +30,10 @@ def parse_router(text: str | Mapping[str, Any]) -> Router | Callable[..., Any]:
 
     Raises ValueError for an unknown name or field (with the known ones) and for what is not of that form.
     """
+    if isinstance(text, Router):
+        return text
+    if not isinstance(text, str | Mapping):
+        raise TypeError(f"A {type(text).__name__} is no description of a router. Give a text or a dictionary.")
     if isinstance(text, Mapping):
         fields = dict(text)
         return _make(str(fields.pop("router", "")), fields)
@@ -88,7 +92,7 @@ def _imported(text: str) -> Callable[..., Any]:
     module, _, name = text.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the imported module raises
         raise ValueError(f"The router {text!r} cannot be imported: {error}. Write package.module:name.") from error
     if not callable(found):
         raise ValueError(
