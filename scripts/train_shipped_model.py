@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gzip
 import json
 import math
@@ -53,10 +54,10 @@ class Recipe:
     """Tokens of a training sequence."""
     batch: int = 16
     """Sequences a step."""
-    steps: int = 3600
+    steps: int = 2600
     warmup: int = 100
     """Optimizer steps of linear warm-up."""
-    decay: int = 1200
+    decay: int = 1000
     """Optimizer steps of decay to zero at the end."""
     lr: float = 3e-3
     """Peak, for both optimisers (Muon's update has the root mean square of AdamW's)."""
@@ -176,15 +177,9 @@ def batch_at(tokens: np.ndarray, recipe: Recipe, step: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-_permutations: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@functools.lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, blocks: int) -> np.ndarray:
-    key = (seed, epoch, blocks)
-    if key not in _permutations:
-        _permutations.clear()
-        _permutations[key] = np.random.default_rng([seed, epoch, 1]).permutation(blocks)
-    return _permutations[key]
+    return np.random.default_rng([seed, epoch, 1]).permutation(blocks)
 
 
 # --------------------------------------------------------------------------------------------- model
@@ -315,6 +310,18 @@ def keep_memory() -> None:
             libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
+def keep_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe; a run that goes on may change the length of its schedule, and nothing else."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [name for name, value in asdict(recipe).items() if before[name] != value]
+        if set(changed) - {"steps", "decay"}:
+            raise SystemExit(
+                f"{path.parent} was begun with another {', '.join(changed)}. Give the same, or a new --run."
+            )
+    path.write_text(json.dumps(asdict(recipe), indent=1))
+
+
 def save(path: Path, state: dict) -> None:
     part = path.with_suffix(".part")
     torch.save(state, part)
@@ -324,7 +331,7 @@ def save(path: Path, state: dict) -> None:
 def train(recipe: Recipe, args: argparse.Namespace) -> None:
     run: Path = args.run
     run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    keep_recipe(recipe, run / "recipe.json")
     tokenizer, tokens, validation = prepare(recipe, run, args.text, args.validation)
     bytes_a_token = len(read_text(args.validation).encode()) / len(validation)
 
@@ -372,7 +379,11 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
                 group["lr"] = lr
         loss, nats = loss_of(model, batch_at(tokens, recipe, step).to(device), recipe)
         if not torch.isfinite(loss):
-            raise SystemExit(f"The loss is {loss.item()} at step {step}; the last good state is {run / 'state.pt'}.")
+            raise SystemExit(
+                f"The loss is {loss.item()} at step {step}, sequences {step * recipe.batch} to "
+                f"{(step + 1) * recipe.batch - 1} of the order of seed {recipe.seed}; the last good state is "
+                f"{run / 'state.pt'}."
+            )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         for optimiser in optimisers:
@@ -389,6 +400,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> None:
                 grad_norm=round(norm.item(), 3),
                 tokens_per_second=round(20 * recipe.batch * recipe.context / (now - last)),
                 elapsed_s=round(now - started),
+                remaining_s=round((recipe.steps - step) * (now - last) / 20),
             )
             last = now
             if step % args.every == 0 or step == recipe.steps:

@@ -172,6 +172,77 @@ def test_bad_input_is_one_line_and_status_one(usmoe_command, words, message, tmp
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("demo", "--tokens", "3"), "greater than or equal to 32"),
+        (("no-such-command",), "No such command"),
+        (("patch", "shipped"), "Missing option"),
+    ],
+)
+def test_a_mistyped_command_is_one_line_and_status_two(usmoe_command, words, message):
+    status, out, err = usmoe_command(*words)
+    assert status == 2
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert message in err
+
+
+def test_help_has_an_example(usmoe_command):
+    for command in ("demo", "route", "patch", "info"):
+        status, out, _ = usmoe_command(command, "--help")
+        assert status == 0
+        assert f"usmoe {command}" in out
+        assert "Example" in out
+
+
+def test_a_router_from_a_file_beside_the_user(usmoe_command, tmp_path, monkeypatch):
+    (tmp_path / "mine_of_the_test.py").write_text(
+        "import usmoe\n"
+        "def first(logits, valid=None, **_):\n"
+        "    mask = (logits * 0).bool()\n"
+        "    mask[..., 0] = True\n"
+        "    return usmoe.Routing.from_dense(logits.sigmoid(), mask)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    status, out, err = usmoe_command("route", "-", "--router", "mine_of_the_test:first", "--json", stdin="A word.")
+    assert status == 0, err
+    assert {pair["expert"] for pair in json.loads(out)["layers"][0]["pairs"]} == {0}
+
+
+def test_code_that_a_model_brings_is_never_run(usmoe_command, tmp_path):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    auto = {"AutoConfig": "foreign.C", "AutoModelForCausalLM": "foreign.M"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": auto}))
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    status, out, err = usmoe_command("info", str(folder), "--json", stdin="y\ny\n")
+    assert (status, out) == (1, "")
+    assert err.startswith("usmoe: ")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_weights_file_cut_short_is_one_line(usmoe_command, mixtral, tmp_path):
+    import shutil
+
+    folder = tmp_path / "cut"
+    shutil.copytree(mixtral, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    status, out, err = usmoe_command("info", str(folder))
+    assert (status, out) == (1, "")
+    assert "cannot be loaded from its folder" in err.strip().splitlines()[-1]
+
+
+def test_json_has_no_nan(usmoe_command):
+    status, out, err = usmoe_command(
+        "route", "-", "--router", "usmoe(pool=threshold, threshold=2)", "--json", stdin="A word."
+    )
+    assert status == 0, err
+    layer = json.loads(out, parse_constant=lambda name: pytest.fail(name))["layers"][0]
+    assert (layer["load_cv"], layer["dropped"]) == (None, 1.0)
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["usmoe", "info", "./no-such-folder", "--debug"])
     with pytest.raises(ValueError, match="There is no folder"):
@@ -184,7 +255,7 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(usmoe.hf.load, "load", interrupted)
+    monkeypatch.setattr(usmoe.hf.load, "load_model", interrupted)
     monkeypatch.setattr(sys, "argv", ["usmoe", "info", "shipped"])
     with pytest.raises(SystemExit) as end:
         main()

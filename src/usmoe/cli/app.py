@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
@@ -26,9 +27,14 @@ for command in (demo, info, route, patch):
 def main() -> None:
     """Run the command line; exit with 0 only when it did what it says."""
     debug = "--debug" in sys.argv
+    sys.path.append(str(Path.cwd()))  # for --router module:name of a file that lies here
     try:
-        app()
-    except KeyboardInterrupt:
+        status = app(standalone_mode=False)
+        raise SystemExit(status if isinstance(status, int) else 0)
+    except typer.TyperException as error:  # the command was not typed as it should be
+        print(f"usmoe: {error.format_message().rstrip('. ')}. See --help.", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, typer.Abort):
         if debug:
             raise
         print("usmoe: stopped; nothing was half-written.", file=sys.stderr)  # noqa: T201
@@ -38,9 +44,10 @@ def main() -> None:
             raise
         print(f"usmoe: this needs {error.name}. Install it: pip install 'usmoe[hf,viz]'.", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:
         if debug:
             raise
         line = " ".join(str(error).split())
-        print(f"usmoe: {line}", file=sys.stderr)  # noqa: T201
+        ours = isinstance(error, ValueError | TypeError | OSError)  # a sentence of its own; else say what it is
+        print(f"usmoe: {line if ours else f'{type(error).__name__}: {line}'}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,8 @@ def demo(
     Example: usmoe demo --model allenai/OLMoE-1B-7B-0924 --dtype bfloat16 --text book.txt
     """
     target = options.output_path(output, force)
+    if target is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--output needs matplotlib for the picture. Install it: pip install 'usmoe[viz]'.")
     import torch
 
     from usmoe.cli.measure import measure
@@ -68,7 +70,7 @@ def demo(
         "picture": None if picture is None else str(picture),
     }
     if as_json:
-        sys.stdout.write(json.dumps(about | {"rows": [row.to_dict() for row in rows]}, indent=1) + "\n")
+        options.write_json(about | {"rows": [row.to_dict() for row in rows]})
     else:
         heading = (
             f"{about['model']}: {len(layers)} MoE layers of {layers[0].num_experts} experts, {host.k} a token. "

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import platform
-import sys
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from usmoe.cli import options
 from usmoe.cli.options import AsJson, Debug, Device, Dtype, Offline, Seed
 
 _OPTIONAL = ("transformers", "tokenizers", "safetensors", "accelerate", "matplotlib")
@@ -35,9 +34,9 @@ def info(
     """
     said = _of_usmoe() if model is None else _of_model(model, seed, dtype, device, offline)
     if as_json:
-        sys.stdout.write(json.dumps(said, indent=1) + "\n")
+        options.write_json(said)
         return
-    console = Console()
+    console = options.console()
     for title, part in said.items():
         if isinstance(part, list):
             _table(console, title, part)
@@ -81,11 +80,11 @@ def _examples(routers: dict[str, Any]) -> list[Any]:
 def _of_model(model: str, seed: int, dtype: str, device: str, offline: bool) -> dict[str, Any]:
     import torch
 
-    from usmoe.hf.load import load
+    from usmoe.hf.load import load_model
     from usmoe.hf.supported import supported
 
     torch.manual_seed(seed)
-    loaded, _ = load(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
+    loaded = load_model(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
     rows = [dataclasses.asdict(row) for row in supported(loaded)]
     if not rows:
         raise ValueError(f"{model} ({type(loaded).__name__}) has no MoE layer that transformers declares.")

@@ -1,15 +1,19 @@
-"""The options that every command shares, and how text and arrays come in and go out."""
+"""The options that every command shares, and how text comes in and results go out."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
@@ -48,11 +52,32 @@ def output_path(path: Path | None, force: bool) -> Path | None:
     """The path, once it is known that it can be written: asked before the work, not after it."""
     if path is None:
         return None
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Give the name of a file in it.")
     if path.exists() and not force:
         raise ValueError(f"{path} is already there. Give --force to overwrite it, or another --output.")
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
     return path
+
+
+def write_json(said: Any) -> None:
+    """Print a result as JSON on stdout; what is not finite becomes null."""
+    sys.stdout.write(json.dumps(_finite(said), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def console() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough for every column where stdout is none."""
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=120 if wide else None)
 
 
 def fresh_path(name: str) -> Path:

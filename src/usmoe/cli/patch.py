@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated
 
 import typer
 
+from usmoe.cli import options
 from usmoe.cli.options import AsJson, Debug, Device, Dtype, Offline, Seed, Text
 
 
@@ -45,9 +44,11 @@ def patch(
     from usmoe.hf.compare import Contender
     from usmoe.hf.load import load
     from usmoe.hf.patch import supported_layers
-    from usmoe.routing import OwnChoice
+    from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 
     chosen = parse_router(router)
+    if calibrated and not isinstance(chosen, USMoE | ExpertChoice):
+        raise ValueError(f"--calibrate finds thresholds for usmoe and expert_choice routers, not for {router}.")
     torch.manual_seed(seed)
     loaded, tokenizer = load(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
     layers = supported_layers(loaded)
@@ -68,6 +69,6 @@ def patch(
         "seed": seed,
     }
     if as_json:
-        sys.stdout.write(json.dumps(about | {"rows": [row.to_dict() for row in rows]}, indent=1) + "\n")
+        options.write_json(about | {"rows": [row.to_dict() for row in rows]})
     else:
         print_rows(f"{model}: {len(layers)} MoE layers, all patched. Text: {data.source}.", rows)

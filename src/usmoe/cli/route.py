@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from usmoe.cli import options
 from usmoe.cli.options import AsJson, Debug, Device, Dtype, Model, Offline, Seed, read_text
 from usmoe.models import SAMPLE
 
@@ -46,7 +44,7 @@ def route(
     else:
         words, said = _of_text(file, router, model, tokens, dtype, device, offline)
     if as_json:
-        sys.stdout.write(json.dumps(_as_dict(words, said), indent=1) + "\n")
+        options.write_json(_as_dict(words, said))
     else:
         _print(words, said)
 
@@ -65,9 +63,11 @@ def _of_logits(path: Path, router: str | None) -> tuple[list[str], dict[str, Any
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not an array that numpy.save() wrote: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} holds several arrays. Give one, as numpy.save() writes it.")
     if array.ndim not in (2, 3) or array.dtype.kind != "f":
         raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}. Give floats (B, L, E) or (T, E).")
-    logits = torch.from_numpy(array)
+    logits = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     logits = logits.unsqueeze(0) if logits.ndim == 2 else logits
     routing = usmoe.route(logits, usmoe.parse_router(router))
     batch, length, _ = logits.shape
@@ -125,7 +125,7 @@ def _as_dict(words: list[str], said: dict[str, Any]) -> dict[str, Any]:
 def _print(words: list[str], said: dict[str, Any]) -> None:
     from usmoe import metrics
 
-    console = Console()
+    console = options.console()
     table = Table(header_style="bold", title="experts of each token, best first", title_justify="left")
     table.add_column("token", no_wrap=True)
     for name in said:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from usmoe.cli import options
 from usmoe.hf.compare import Row
 
 _COLUMNS = ("perplexity", "honest", "bits/\nbyte", "experts\na token", "dropped", "load\nCV", "MoE\nMFLOPs", "seconds")
@@ -17,7 +18,7 @@ _LEFT_OUT_WHERE_NARROW = (2, 7)
 
 def print_rows(heading: str, rows: Sequence[Row], footer: str = "") -> None:
     """Print heading, table, legend and footer on stdout."""
-    console = Console()
+    console = options.console()
     console.print(heading, highlight=False, markup=False)
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("router", min_width=16, overflow="fold")
@@ -37,7 +38,8 @@ def print_rows(heading: str, rows: Sequence[Row], footer: str = "") -> None:
         else "honest       left out (--positions 0).",
         "experts      mean (least-most) over tokens and layers. dropped: tokens without an expert. "
         "load CV: 0 is perfect balance.",
-        "MoE MFLOPs   a token, all MoE layers, from the pairs that were routed. seconds: wall time of one pass.",
+        "MoE MFLOPs   a token, all MoE layers, from the pairs that were routed. "
+        + ("seconds: wall time of one pass." if console.width >= 100 else "bits/byte and seconds: in --json."),
     ]
     console.print("\n".join([*legend, footer] if footer else legend), highlight=False, markup=False, style="dim")
 
@@ -46,7 +48,7 @@ def _cells(row: Row) -> list[str]:
     honest = "-"
     if row.honest_perplexity is not None and row.honest_interval is not None:
         half = (row.honest_interval[1] - row.honest_interval[0]) / 2
-        honest = f"{row.honest_perplexity:.2f} ±{half:.2f}"
+        honest = f"{row.honest_perplexity:.2f}" + (f" ±{half:.2f}" if math.isfinite(half) else "")
     return [
         row.label,
         f"{row.perplexity:.2f}{'' if row.causal else '*'}",

@@ -47,7 +47,6 @@ def corpus(tokenizer: Any, model: Any, text: str | None, most: int, length: int)
         source = f"{'stdin' if text == '-' else text}: thresholds from its first quarter, measured on the rest"
     ids = token_ids(tokenizer, measured)
     calibration = token_ids(tokenizer, calibrating)
-    bytes_per_token = len(measured.encode()) / max(len(ids), 1)
     shortest = min(len(ids), len(calibration))
     if shortest < 32:
         raise ValueError(
@@ -55,10 +54,11 @@ def corpus(tokenizer: Any, model: Any, text: str | None, most: int, length: int)
             "Give a text of at least a few hundred words."
         )
     length = min(length, shortest)
+    tokens = _spread(ids, length, max(1, most // length))
     return Corpus(
-        tokens=_spread(ids, length, max(1, most // length)),
+        tokens=tokens,
         calibration=_spread(calibration, length, max(1, most // length)),
-        bytes_per_token=bytes_per_token,
+        bytes_per_token=sum(len(tokenizer.decode(row).encode()) for row in tokens) / tokens.numel(),
         source=source,
     )
 

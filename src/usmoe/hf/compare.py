@@ -64,6 +64,7 @@ class Row:
     """Wall time of the teacher-forced pass."""
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
         return dataclasses.asdict(self)
 
 

@@ -23,6 +23,7 @@ class LinearGate(nn.Module):
         nn.init.normal_(self.weight, std=d_model**-0.5)
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens E"]:
+        """Logits of each token for each expert."""
         return F.linear(x, self.weight, self.bias)
 
 
@@ -43,6 +44,7 @@ class CosineGate(nn.Module):
         nn.init.normal_(self.experts)
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens E"]:
+        """Logits of each token for each expert."""
         token = F.normalize(in_float32_at_least(F.linear(x, self.projection)), dim=-1)
         cosine = token @ F.normalize(self.experts.to(token.dtype), dim=-1).T
         return cosine / self.log_temperature.to(token.dtype).exp()
@@ -58,6 +60,7 @@ class NoisyGate(nn.Module):
         nn.init.normal_(self.weight, std=d_model**-0.5)
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens E"]:
+        """Logits of each token for each expert."""
         logits = F.linear(x, self.weight)
         if not self.training:
             return logits
@@ -75,6 +78,7 @@ class FrozenGate(nn.Module):
         self.register_buffer("weight", torch.randn(num_experts, d_model) * d_model**-0.5)
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens E"]:
+        """Logits of each token for each expert."""
         return F.linear(x, self.weight.to(x.dtype))
 
 

@@ -34,3 +34,4 @@ NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "all": over_all,
     "chosen": over_chosen,
 }
+"""Weights by name: (scores (T, E), mask (T, E)) -> (T, E), read where the mask is True."""
