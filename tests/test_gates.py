@@ -83,7 +83,7 @@ def test_a_layer_that_cannot_be_is_refused(given: dict, says: str):
 
 
 def test_other_refusals():
-    with pytest.raises(TypeError, match="router='usmoe' is not a router"):
+    with pytest.raises(TypeError, match="The router is a text, 'usmoe'"):
         MoE(D, F, E, "usmoe")
     with pytest.raises(ValueError, match="slots_per_expert=0"):
         SoftMoE(D, F, E, 0)
