@@ -20,7 +20,7 @@ def demo(
     length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=8)] = 512,
     positions: Annotated[
         int, typer.Option(help="Positions at which the honest perplexity is taken; 0 leaves it out.", min=0)
-    ] = 200,
+    ] = 120,
     output: Annotated[
         Path | None, typer.Option(help="PNG of the router maps; by default a new usmoe-demo.png here.")
     ] = None,
