@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import usmoe
-from train_shipped_model import read_text, tokens_of
+from corpus import read_text, tokens_of
 from usmoe.hf.likelihood import teacher_forced
 from usmoe.hf.load import load
 

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
-import gzip
 import json
 import math
 import signal
@@ -35,6 +33,8 @@ import torch
 from torch import Tensor
 
 import usmoe
+from corpus import batch_at, prepare, read_text
+from muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,117 +69,6 @@ class Recipe:
     clip: float = 1.0
     optimizer: str = "muon"
     seed: int = 7
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by a Newton-Schulz iteration, for stacks of matrices (..., m, n).
-
-    torch.optim.Muon takes 2-D parameters alone; an expert layer is a 3-D stack whose every matrix wants its own
-    orthogonalisation. Coefficients: Jordan et al. 2024. Scale 0.2 * sqrt(max(m, n)): arXiv 2502.16982, eq. 4.
-    """
-
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                buffer = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = _orthogonalise(parameter.grad.lerp(buffer, group["momentum"]))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])))
-
-
-def _orthogonalise(matrix: Tensor) -> Tensor:
-    x = matrix.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
-
-
-# ---------------------------------------------------------------------------------------------- data
-
-
-def read_text(path: Path) -> str:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return raw.decode("utf-8")
-
-
-def train_tokenizer(texts: list[str], vocab_size: int, folder: Path, context: int):
-    """A byte-level BPE without normalisation, so that decoding gives back every byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((line for text in texts for line in text.splitlines(keepends=True)), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        pad_token="<|padding|>",
-        model_max_length=context,
-        clean_up_tokenization_spaces=False,
-    )
-    fast.save_pretrained(folder)
-    return fast
-
-
-def tokens_of(text: str, tokenizer) -> np.ndarray:
-    pieces = [text[i : i + 1_000_000] for i in range(0, len(text), 1_000_000)]
-    encoded = tokenizer.backend_tokenizer.encode_batch(pieces)
-    return np.concatenate([np.asarray(piece.ids, dtype=np.uint16) for piece in encoded])
-
-
-def prepare(recipe: Recipe, run: Path, texts: list[Path], validation: Path):
-    """Tokenizer, training tokens and validation tokens, made once and kept in the run folder."""
-    from transformers import AutoTokenizer
-
-    folder = run / "tokenizer"
-    if (run / "train.npy").exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    else:
-        corpora = [read_text(path) for path in texts]
-        sample = [corpora[0][i : i + 200_000] for i in range(0, len(corpora[0]), 1_000_000)] + [
-            corpus[: len(corpus) // 5] for corpus in corpora[1:]
-        ]
-        tokenizer = train_tokenizer(sample, recipe.vocab_size, folder, recipe.context)
-        np.save(run / "validation.npy", tokens_of(read_text(validation), tokenizer))
-        np.save(run / "train.npy", np.concatenate([tokens_of(corpus, tokenizer) for corpus in corpora]))
-    return tokenizer, np.load(run / "train.npy", mmap_mode="r"), np.load(run / "validation.npy", mmap_mode="r")
-
-
-def batch_at(tokens: np.ndarray, recipe: Recipe, step: int) -> Tensor:
-    """(batch, context + 1): sequences of a seeded permutation, a new one and a new offset each epoch."""
-    blocks = len(tokens) // recipe.context - 2
-    rows = []
-    for number in range(step * recipe.batch, (step + 1) * recipe.batch):
-        epoch, place = divmod(number, blocks)
-        generator = np.random.default_rng([recipe.seed, epoch])
-        offset = generator.integers(recipe.context)
-        start = offset + _permutation(recipe.seed, epoch, blocks)[place] * recipe.context
-        rows.append(tokens[start : start + recipe.context + 1].astype(np.int64))
-    return torch.from_numpy(np.stack(rows))
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, blocks: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch, 1]).permutation(blocks)
 
 
 # --------------------------------------------------------------------------------------------- model

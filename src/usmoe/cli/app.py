@@ -32,22 +32,26 @@ def main() -> None:
         status = app(standalone_mode=False)
         raise SystemExit(status if isinstance(status, int) else 0)
     except typer.TyperException as error:  # the command was not typed as it should be
-        print(f"usmoe: {error.format_message().rstrip('. ')}. See --help.", file=sys.stderr)  # noqa: T201
+        _say(f"{error.format_message().rstrip('. ')}. See --help.")
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
         if debug:
             raise
-        print("usmoe: stopped; nothing was half-written.", file=sys.stderr)  # noqa: T201
+        _say("stopped; nothing was half-written.")
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         if debug or error.name is None or error.name.split(".")[0] == "usmoe":
             raise
-        print(f"usmoe: this needs {error.name}. Install it: pip install 'usmoe[hf,viz]'.", file=sys.stderr)  # noqa: T201
+        _say(f"this needs {error.name}. Install it: pip install 'usmoe[hf,viz]'.")
         raise SystemExit(1) from None
-    except Exception as error:
+    except Exception as error:  # a user sees one line, whatever went wrong; --debug shows the rest
         if debug:
             raise
         line = " ".join(str(error).split())
         ours = isinstance(error, ValueError | TypeError | OSError)  # a sentence of its own; else say what it is
-        print(f"usmoe: {line if ours else f'{type(error).__name__}: {line}'}", file=sys.stderr)  # noqa: T201
+        _say(f"{line if ours else f'{type(error).__name__}: {line}'}")
         raise SystemExit(1) from None
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"usmoe: {line}\n")
