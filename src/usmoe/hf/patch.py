@@ -90,10 +90,14 @@ def _install(model: PreTrainedModel, layers: list[Layer], routers: list[Any], to
         listeners=[] if old is None else old.listeners,
     )
     setattr(model, _ATTRIBUTE, state)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and "attention_mask" in inspect.signature(module.forward).parameters:
-            learn = partial(_learn_padding, state, inspect.signature(module.forward), module is model)
-            state.handles.append(module.register_forward_pre_hook(learn, with_kwargs=True))
+    for name, module in model.named_modules():
+        # models that hold MoE layers: the mask of a vision tower beside them is none of theirs
+        holds = not name or any(layer.name.startswith(f"{name}.") for layer in layers)
+        if holds and isinstance(module, PreTrainedModel):
+            signature = inspect.signature(module.forward)
+            if "attention_mask" in signature.parameters:
+                learn = partial(_learn_padding, state, signature, module is model)
+                state.handles.append(module.register_forward_pre_hook(learn, with_kwargs=True))
     state.handles.append(model.register_forward_hook(partial(_leave, state), always_call=True))
     for layer, chosen in zip(layers, routers, strict=True):
         assert layer.experts is not None

@@ -50,7 +50,7 @@ class Host:
     def ranking_scores(self, logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
         """The scores that compete: the weighing ones with the correction bias on top."""
         scores = self.weighing_scores(logits)
-        return scores if self.bias is None else scores + self.bias.to(scores.dtype)
+        return scores if self.bias is None else scores + self.bias.to(scores)
 
 
 ROUTE = Host()
