@@ -62,6 +62,15 @@ def test_calibrate_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_calibrate_stops_listening_to_a_model_that_was_patched_before():
+    from usmoe.hf.patch import patch_of
+
+    model = usmoe.patch(tiny(), usmoe.USMoE(k=1))
+    usmoe.calibrate(model, [tokens()], usmoe.USMoE(k=2))
+    assert patch_of(model).routers == [usmoe.USMoE(k=1)] * 2
+    assert patch_of(model).listeners == []
+
+
 def test_what_cannot_be_calibrated_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match="not for token_choice"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from usmoe.types import Routing
@@ -13,7 +13,7 @@ from usmoe.types import Routing
 Valid = Bool[Tensor, "..."] | None
 
 
-def experts_per_token(routing: Routing, valid: Valid = None) -> Float[Tensor, " R"]:
+def experts_per_token(routing: Routing, valid: Valid = None) -> Int[Tensor, " R"]:
     """Experts of each of the R real tokens, in order."""
     counts = routing.experts_per_token
     real = _real(routing, valid)
@@ -30,7 +30,7 @@ def underserved(routing: Routing, k: float, valid: Valid = None) -> float:
     return (experts_per_token(routing, valid) < k).double().mean().item()
 
 
-def load(routing: Routing, valid: Valid = None) -> Float[Tensor, " E"]:
+def load(routing: Routing, valid: Valid = None) -> Int[Tensor, " E"]:
     """Real tokens that each expert receives."""
     real = _real(routing, valid)
     expert = routing.expert if real is None else routing.expert[real[routing.token]]
@@ -40,8 +40,12 @@ def load(routing: Routing, valid: Valid = None) -> Float[Tensor, " E"]:
 def load_cv(routing: Routing, valid: Valid = None) -> float:
     """Coefficient of variation of the experts' loads: 0 is perfect balance, sqrt(E - 1) is one expert doing it all.
     NaN where nothing is routed."""
-    tokens = load(routing, valid).double()
-    return (tokens.std(correction=0) / tokens.mean()).item()
+    return variation(load(routing, valid))
+
+
+def variation(loads: Int[Tensor, " E"]) -> float:
+    """Standard deviation over mean of the loads of the experts; NaN where all are 0."""
+    return (loads.double().std(correction=0) / loads.double().mean()).item()
 
 
 def load_entropy(routing: Routing, valid: Valid = None) -> float:

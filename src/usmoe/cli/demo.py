@@ -44,7 +44,7 @@ def demo(
     from usmoe.cli.measure import measure
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
-    from usmoe.hf.compare import contenders
+    from usmoe.hf.compare import contenders, settled
     from usmoe.hf.load import load
     from usmoe.hf.patch import supported_layers
 
@@ -55,9 +55,9 @@ def demo(
     assert host is not None
     assert host.k is not None
     data = corpus(tokenizer, loaded, text, tokens, length)
-    entries = contenders(host.k)
+    entries = settled(loaded, contenders(host.k), data.calibration)
     rows = measure(loaded, data, entries, positions, seed)
-    picture = _picture(loaded, tokenizer, data, target)
+    picture = _picture(loaded, tokenizer, data, entries, target)
     about = {
         "model": model or "novelist (ships with usmoe)",
         "text": data.source,
@@ -79,27 +79,21 @@ def demo(
         print_rows(heading, rows, "" if picture is None else f"Router maps: {picture}")
 
 
-def _picture(model: Any, tokenizer: Any, data: Any, target: Path | None) -> Path | None:
+def _picture(model: Any, tokenizer: Any, data: Any, entries: Any, target: Path | None) -> Path | None:
     """Write the router maps of the first words of the text; say on stderr where that is not possible."""
     import torch
 
-    from usmoe.hf.calibrate import calibrate
     from usmoe.hf.patch import patched
     from usmoe.hf.record import record
     from usmoe.report.maps import router_maps
-    from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 
-    causal = calibrate(model, data.calibration.split(8), USMoE(k="0.75x"))
     said = {}
-    for title, router in {
-        "own choice": OwnChoice(),
-        "expert choice": ExpertChoice(score="softmax_experts"),
-        "USMoE": USMoE(),
-        "causal USMoE, 0.75x": causal,
-    }.items():
-        with torch.no_grad(), patched(model, router), record(model) as trace:
+    for entry in entries:
+        if entry.title is None:
+            continue
+        with torch.no_grad(), patched(model, entry.router), record(model) as trace:
             model(input_ids=data.tokens[:1].to(model.device), use_cache=False)
-        said[title] = dict(list(trace.last.items())[:8])
+        said[entry.title] = dict(list(trace.last.items())[:8])
     words = [tokenizer.decode([token]) for token in data.tokens[0, :24].tolist()]
     path = options.fresh_path("usmoe-demo.png") if target is None else target
     try:

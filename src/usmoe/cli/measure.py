@@ -24,7 +24,6 @@ def measure(model: Any, data: Corpus, entries: Sequence[Contender], positions: i
             model,
             data.tokens,
             entries,
-            calibration=data.calibration,
             bytes_per_token=data.bytes_per_token,
             positions=positions,
             seed=seed,

@@ -41,7 +41,7 @@ def patch(
     from usmoe.cli.measure import measure
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
-    from usmoe.hf.compare import Contender
+    from usmoe.hf.compare import Contender, settled
     from usmoe.hf.load import load
     from usmoe.hf.patch import supported_layers
     from usmoe.routing import ExpertChoice, OwnChoice, USMoE
@@ -57,6 +57,7 @@ def patch(
         Contender(label="the model's own choice", router=OwnChoice()),
         Contender(label=f"{router}, calibrated" if calibrated else router, router=chosen, calibrated=calibrated),
     ]
+    entries = settled(loaded, entries, data.calibration)
     rows = measure(loaded, data, entries, positions, seed)
     about = {
         "model": model,

@@ -98,8 +98,6 @@ def _of_text(
 
 
 def _as_dict(words: list[str], said: dict[str, Any]) -> dict[str, Any]:
-    from usmoe import metrics
-
     return {
         "tokens": words,
         "layers": [
@@ -113,18 +111,14 @@ def _as_dict(words: list[str], said: dict[str, Any]) -> dict[str, Any]:
                     )
                 ],
                 "load": routing.load.tolist(),
-                "experts_per_token": len(routing.token) / max(routing.num_tokens, 1),
-                "dropped": metrics.dropped(routing),
-                "load_cv": metrics.load_cv(routing),
             }
+            | _figures(routing)
             for name, routing in said.items()
         ],
     }
 
 
 def _print(words: list[str], said: dict[str, Any]) -> None:
-    from usmoe import metrics
-
     console = options.console()
     table = Table(header_style="bold", title="experts of each token, best first", title_justify="left")
     table.add_column("token", no_wrap=True)
@@ -134,13 +128,21 @@ def _print(words: list[str], said: dict[str, Any]) -> None:
     for place, word in enumerate(words):
         table.add_row(repr(word)[1:-1], *(column[place] for column in columns))
     table.add_section()
-    for title, figure in (
-        ("experts a token", lambda r: f"{len(r.token) / max(r.num_tokens, 1):.2f}"),
-        ("dropped", lambda r: f"{100 * metrics.dropped(r):.1f} %"),
-        ("load CV", lambda r: f"{metrics.load_cv(r):.2f}"),
-    ):
-        table.add_row(title, *(figure(routing) for routing in said.values()))
+    figures = [_figures(routing) for routing in said.values()]
+    table.add_row("experts a token", *(f"{one['experts_per_token']:.2f}" for one in figures))
+    table.add_row("dropped", *(f"{100 * one['dropped']:.1f} %" for one in figures))
+    table.add_row("load CV", *(f"{one['load_cv']:.2f}" for one in figures))
     console.print(table)
+
+
+def _figures(routing: Any) -> dict[str, float]:
+    from usmoe import metrics
+
+    return {
+        "experts_per_token": len(routing.token) / max(routing.num_tokens, 1),
+        "dropped": metrics.dropped(routing),
+        "load_cv": metrics.load_cv(routing),
+    }
 
 
 def _experts_of_tokens(routing: Any) -> list[str]:

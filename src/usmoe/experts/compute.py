@@ -82,3 +82,17 @@ ACTIVATIONS: dict[str, Activation] = {"swiglu": swiglu, "relu": F.relu}
 
 GATED = frozenset({"swiglu"})
 """Those that halve the width."""
+
+
+def up_width(activation: str, d_ff: int) -> int:
+    """Rows of the up projection of an expert of width d_ff. Raises ValueError for an activation that is not known."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"There is no activation {activation!r}. Known: {', '.join(ACTIVATIONS)}.")
+    return d_ff * (2 if activation in GATED else 1)
+
+
+def refuse_no_size(**sizes: int) -> None:
+    """Raise ValueError for a size below 1, by its name."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is impossible. Give at least 1.")

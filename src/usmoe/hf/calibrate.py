@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from usmoe.hf.layers import Layer
-from usmoe.hf.patch import patch_of, patched
+from usmoe.hf.patch import listening, patch_of, patched
 from usmoe.routing import ExpertChoice, USMoE
 from usmoe.routing.pools import pools
 from usmoe.routing.router import competing, experts_per_token
@@ -83,7 +83,7 @@ def _ranking_scores(
             scores = scores.masked_fill(flat == -torch.inf, -torch.inf)
             kept[name].append(scores[competes.reshape(-1)].cpu())
 
-        state.listeners.append(listen)
+        stack.enter_context(listening(model, listen))
         for batch in batches:
             given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
             model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()})

@@ -18,7 +18,7 @@ from usmoe import metrics
 from usmoe.hf.calibrate import calibrate
 from usmoe.hf.layers import Layer
 from usmoe.hf.likelihood import honest, teacher_forced
-from usmoe.hf.patch import patch_of, patched
+from usmoe.hf.patch import listening, patch_of, patched
 from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 from usmoe.types import RouterOutput, Routing, promises_of
 
@@ -30,6 +30,8 @@ class Contender:
     label: str
     router: Any
     calibrated: bool = False
+    title: str | None = None
+    """On the router maps; None: not drawn there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +74,30 @@ def contenders(k: int) -> list[Contender]:
     """The demo's routers, for a model of k experts a token. Fewer experts: the whole number at or below 0.75 k."""
     fewer = max(1, math.floor(0.75 * k))
     return [
-        Contender(label="the model's own choice", router=OwnChoice()),
+        Contender(label="the model's own choice", router=OwnChoice(), title="own choice"),
         *([Contender(label=f"own choice, {fewer} instead of {k}", router=OwnChoice(k=fewer))] if fewer < k else []),
-        Contender(label="expert choice", router=ExpertChoice(score="softmax_experts")),
-        Contender(label="USMoE, own score", router=USMoE()),
+        Contender(label="expert choice", router=ExpertChoice(score="softmax_experts"), title="expert choice"),
+        Contender(label="USMoE, own score", router=USMoE(), title="USMoE"),
         Contender(label="USMoE, own score, 0.75x", router=USMoE(k="0.75x")),
         Contender(label="USMoE, alpha 0.5", router=USMoE(alpha=0.5)),
         Contender(label="USMoE, alpha 0.5, 0.75x", router=USMoE(k="0.75x", alpha=0.5)),
         Contender(label="causal USMoE (threshold)", router=USMoE(), calibrated=True),
-        Contender(label="causal USMoE (threshold), 0.75x", router=USMoE(k="0.75x"), calibrated=True),
+        Contender(
+            label="causal USMoE (threshold), 0.75x",
+            router=USMoE(k="0.75x"),
+            calibrated=True,
+            title="causal USMoE, 0.75x",
+        ),
+    ]
+
+
+def settled(model: PreTrainedModel, entries: Sequence[Contender], calibration: Int[Tensor, "C L"]) -> list[Contender]:
+    """The same contenders, with the thresholds of those that want them found on the calibration text."""
+    return [
+        dataclasses.replace(entry, router=calibrate(model, calibration.split(8), entry.router), calibrated=False)
+        if entry.calibrated
+        else entry
+        for entry in entries
     ]
 
 
@@ -90,18 +107,17 @@ def compare(
     tokens: Int[Tensor, "B L"],
     entries: Sequence[Contender],
     *,
-    calibration: Int[Tensor, "C L"],
     bytes_per_token: float,
     positions: int = 0,
     seed: int = 0,
     tick: Callable[[str], None] = lambda label: None,
 ) -> list[Row]:
-    """A Row for each contender, all on the same tokens and the same honest positions.
+    """A Row for each contender, `settled` before, all on the same tokens and the same honest positions.
 
     bytes_per_token turns nats per token into bits per byte. tick(label) is called after each step of a contender's
     work: `steps(entries, positions)` of them in all.
     """
-    return [_row(model, tokens, entry, calibration, bytes_per_token, positions, seed, tick) for entry in entries]
+    return [_row(model, tokens, entry, bytes_per_token, positions, seed, tick) for entry in entries]
 
 
 def steps(entries: Sequence[Contender], positions: int) -> int:
@@ -113,22 +129,20 @@ def _row(
     model: PreTrainedModel,
     tokens: Tensor,
     entry: Contender,
-    calibration: Tensor,
     bytes_per_token: float,
     positions: int,
     seed: int,
     tick: Callable[[str], None],
 ) -> Row:
-    router = calibrate(model, calibration.split(8), entry.router) if entry.calibrated else entry.router
+    router = entry.router
     with patched(model, router):
         state = patch_of(model)
         assert state is not None
         tally = Tally(state.layers)
-        state.listeners.append(tally)
-        start = time.perf_counter()
-        forced = teacher_forced(model, tokens)
-        seconds = time.perf_counter() - start
-        state.listeners.remove(tally)
+        with listening(model, tally):
+            start = time.perf_counter()
+            forced = teacher_forced(model, tokens)
+            seconds = time.perf_counter() - start
         tick(entry.label)
         alone = None
         if positions:
@@ -173,7 +187,7 @@ class Tally:
     def summary(self) -> dict[str, Any]:
         """The fields of a Row that come from the Routings."""
         counts = torch.cat(self._counts)
-        spreads = [load.double().std(correction=0) / load.double().mean() for load in self._load.values()]
+        spreads = [metrics.variation(load) for load in self._load.values()]
         flops = 0.0
         for name, layer in self._layers.items():
             pairs = self._load[name].sum().item() / self._tokens[name]
@@ -184,6 +198,6 @@ class Tally:
             "experts_min": int(counts.min()),
             "experts_max": int(counts.max()),
             "dropped": (counts == 0).double().mean().item(),
-            "load_cv": float(torch.stack(spreads).mean()),
+            "load_cv": sum(spreads) / len(spreads),
             "moe_flops": flops,
         }

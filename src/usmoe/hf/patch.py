@@ -25,7 +25,7 @@ from usmoe.hf.experts import IMPLEMENTATION
 from usmoe.hf.layers import Layer, moe_layers
 from usmoe.routing import OwnChoice
 from usmoe.routing.host import Host
-from usmoe.routing.router import Router, refuse_what_is_no_router, routing_of
+from usmoe.routing.router import Router, call, refuse_what_is_no_router
 from usmoe.types import RouterOutput, promises_of
 
 Listener = Callable[[str, RouterOutput], None]
@@ -144,6 +144,18 @@ def patched(model: PreTrainedModel, router: Any) -> Iterator[PreTrainedModel]:
 def patch_of(model: nn.Module) -> Patch | None:
     """The Patch that a model carries, or None."""
     return model.__dict__.get(_ATTRIBUTE)
+
+
+@contextlib.contextmanager
+def listening(model: PreTrainedModel, listener: Listener) -> Iterator[None]:
+    """Call `listener` at every routing of a patched model in the with block, whatever patches come and go in it."""
+    state = patch_of(model)
+    assert state is not None
+    state.listeners.append(listener)
+    try:
+        yield
+    finally:
+        state.listeners.remove(listener)
 
 
 def supported_layers(model: PreTrainedModel) -> list[Layer]:
@@ -278,7 +290,7 @@ def _reroute(state: Patch, layer: Layer, router: Any, module: nn.Module, args: A
             f"{layer.name} sees {batch} x {length} tokens, but the attention mask speaks of {tuple(valid.shape)}. "
             "usmoe cannot tell which of them are padding."
         )
-    routing = routing_of(router, router(logits, None if valid is None else valid.to(logits.device), host=layer.host))
+    routing = call(router, logits, None if valid is None else valid.to(logits.device), host=layer.host)
     said = RouterOutput(routing=routing, logits=logits)
     for listener in state.listeners:
         listener(layer.name, said)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from usmoe.hf.patch import patch_of, patched
+from usmoe.hf.patch import listening, patch_of, patched
 from usmoe.routing import OwnChoice
 from usmoe.types import RouterOutput, Routing
 
@@ -71,8 +71,5 @@ def record(model: PreTrainedModel) -> Iterator[Trace]:
         def listen(name: str, said: RouterOutput) -> None:
             trace[name].append(said)
 
-        state.listeners.append(listen)
-        try:
+        with listening(model, listen):
             yield trace
-        finally:
-            state.listeners.remove(listen)

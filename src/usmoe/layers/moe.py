@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from usmoe.experts.compute import ACTIVATIONS, GATED, experts_by_pairs
+from usmoe.experts.compute import ACTIVATIONS, experts_by_pairs, refuse_no_size, up_width
 from usmoe.routing import OwnChoice, USMoE
 from usmoe.routing.gates import gate_of
 from usmoe.routing.route import check
-from usmoe.routing.router import Router, refuse_what_is_no_router, routing_of
+from usmoe.routing.router import Router, call, padding_counts, refuse_what_is_no_router
 from usmoe.types import RouterOutput
 
 
@@ -52,20 +52,16 @@ class MoE(nn.Module):
         Raises ValueError for sizes below 1, unknown names, and a router that cannot work with so many experts.
         """
         super().__init__()
-        for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_experts", num_experts)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is impossible. Give at least 1.")
+        refuse_no_size(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         if shared_experts < 0:
             raise ValueError(f"shared_experts={shared_experts} is impossible. Give 0 or more.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"There is no activation {activation!r}. Known: {', '.join(ACTIVATIONS)}.")
+        width = up_width(activation, d_ff)
         router = USMoE(k=min(2, num_experts)) if router is None else router
         _refuse_impossible(router, num_experts)
         self.num_experts = num_experts
         self.router = router
         self.activation = activation
         self.debug = debug
-        width = d_ff * (2 if activation in GATED else 1)
         self.gate = gate_of(gate, d_model, num_experts)
         self.up = nn.Parameter(torch.empty(num_experts, width, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
@@ -92,18 +88,15 @@ class MoE(nn.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.up.shape[-1]:
             raise ValueError(f"x is {tuple(x.shape)}. Give (sequences, tokens, {self.up.shape[-1]}).")
-        padding_counts = getattr(self.router, "mask_padding", True) is False
-        if valid is not None and not padding_counts:  # a NaN in padding times a gradient of 0 is a NaN
+        if valid is not None and not padding_counts(self.router):  # a NaN in padding times a gradient of 0 is a NaN
             x = x.masked_fill(~valid.bool().unsqueeze(-1), 0)
         logits = self.gate(x)
         if self.debug:
-            check(logits, valid, segments, padding_counts)
-        given = {"segments": segments, "state": state}
+            check(logits, valid, segments, padding_counts(self.router))
         # compiled code breaks its graph here: the pairs are data, and the selection stays exact
         compiling = torch.compiler.is_compiling()
         router: Any = torch.compiler.disable(self.router) if compiling else self.router
-        routing = router(logits, valid, **{k: v for k, v in given.items() if v is not None})
-        routing_of(self.router, routing)
+        routing = call(router, logits, valid, segments=segments, state=state)
         activation = ACTIVATIONS[self.activation]
         flat = x.flatten(0, 1)
         y = experts_by_pairs(flat, routing, self.up, self.down, activation, self.up_bias, self.down_bias)

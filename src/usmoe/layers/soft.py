@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from usmoe.experts.compute import ACTIVATIONS, GATED
+from usmoe.experts.compute import ACTIVATIONS, refuse_no_size, up_width
 from usmoe.routing.scores import in_float32_at_least, masked_softmax
 from usmoe.types import Promises, RouterOutput, Routing
 
@@ -40,21 +40,12 @@ class SoftMoE(nn.Module):
         normalize         l2-normalise tokens and slots, with a learned scale (section 2.3 of the paper)
         """
         super().__init__()
-        for name, value in (
-            ("d_model", d_model),
-            ("d_ff", d_ff),
-            ("num_experts", num_experts),
-            ("slots_per_expert", slots_per_expert),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}={value} is impossible. Give at least 1.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"There is no activation {activation!r}. Known: {', '.join(ACTIVATIONS)}.")
+        refuse_no_size(d_model=d_model, d_ff=d_ff, num_experts=num_experts, slots_per_expert=slots_per_expert)
+        width = up_width(activation, d_ff)
         self.num_experts = num_experts
         self.slots_per_expert = slots_per_expert
         self.activation = activation
         self.normalize = normalize
-        width = d_ff * (2 if activation in GATED else 1)
         self.slots = nn.Parameter(torch.randn(num_experts * slots_per_expert, d_model) * d_model**-0.5)
         self.scale = nn.Parameter(torch.ones(())) if normalize else None
         self.up = nn.Parameter(torch.randn(num_experts, width, d_model) * d_model**-0.5)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from usmoe.routing.router import refuse_what_is_no_router, routing_of
+from usmoe.routing.router import call, padding_counts, refuse_what_is_no_router
 from usmoe.types import Routing
 
 
@@ -30,13 +30,11 @@ def route(
     Raises ValueError for shapes and dtypes that do not fit, and for NaN or +inf logits of real tokens.
     """
     refuse_what_is_no_router(router)
-    check(logits, valid, segments, padding_counts=getattr(router, "mask_padding", True) is False)
-    keywords = {"segments": segments, "state": state}
-    given = {name: value for name, value in keywords.items() if value is not None}
-    return routing_of(router, router(logits, valid, **given))
+    check(logits, valid, segments, padding_counts(router))
+    return call(router, logits, valid, segments=segments, state=state)
 
 
-def check(logits: Tensor, valid: Tensor | None, segments: Tensor | None, padding_counts: bool = False) -> None:
+def check(logits: Tensor, valid: Tensor | None, segments: Tensor | None, padding_competes: bool = False) -> None:
     """Raise ValueError unless the inputs of a router are what they should be."""
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -57,7 +55,7 @@ def check(logits: Tensor, valid: Tensor | None, segments: Tensor | None, padding
         raise ValueError(
             f"segments are {_shape(segments)} of {getattr(segments, 'dtype', 'no dtype')}. Give an int tensor {grid}."
         )
-    read = logits if valid is None or padding_counts else logits[valid]
+    read = logits if valid is None or padding_competes else logits[valid]
     for name, wrong in (("NaN", read.isnan()), ("+inf", read == torch.inf)):
         if wrong.any():
             raise ValueError(

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from usmoe.routing.host import ROUTE, Host
+from usmoe.routing.scores import in_float32_at_least
 from usmoe.types import Promises, Routing
 
 Segments = Int[Tensor, "B L"] | None
@@ -108,14 +109,23 @@ def refuse_what_is_no_router(router: Any) -> None:
         raise TypeError(f"router={router!r} is not a router. Give one of usmoe's, or a callable (logits, valid, **kw).")
 
 
-def routing_of(router: Any, routing: Any) -> Routing:
-    """What a router returned, once it is known to be a Routing; TypeError otherwise."""
+def call(router: Any, logits: Tensor, valid: Tensor | None, **given: Any) -> Routing:
+    """What a router says; `given` without what is None, so that a router of the user's own need not know it.
+
+    Raises TypeError where it returns anything but a Routing.
+    """
+    routing = router(logits, valid, **{name: value for name, value in given.items() if value is not None})
     if not isinstance(routing, Routing):
         raise TypeError(
             f"The router {router} returned a {type(routing).__name__}. A router returns a usmoe.Routing; "
             "Routing.from_dense(weights, mask) makes one."
         )
     return routing
+
+
+def padding_counts(router: Any) -> bool:
+    """Whether padding competes and adds to the budget, as in the released code."""
+    return getattr(router, "mask_padding", True) is False
 
 
 def experts_per_token(k: Experts, host: Host, num_experts: int) -> float:
@@ -152,7 +162,7 @@ def competing(
 
     What padding holds is replaced by 0, so that not even a NaN in it reaches a score or a gradient.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = in_float32_at_least(logits)
     if valid is None or not mask_padding:
         competes = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
     else:
