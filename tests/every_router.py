@@ -67,14 +67,29 @@ USMOES: list[Any] = [
         USMoE(pool="threshold", threshold=_TAU[score], expert_score=score, normalize=normalize)
         for score, normalize in itertools.product(_TAU, _NORMALIZE)
     ),
+    *(
+        USMoE(k=1.5, pool="prefix", expert_score=score, normalize=normalize)
+        for score, normalize in itertools.product(_TAU, _NORMALIZE)
+    ),
+    USMoE(k=0.5, pool="prefix"),
+    USMoE(k=2, pool="prefix", alpha=0.0, min_experts=1),
+    USMoE(k=1.5, pool="prefix", burst=1.5, normalize="chosen"),
+    USMoE(k=1.5, pool="prefix", burst=0, min_experts=1),
+    USMoE(k=1, pool="threshold", threshold=0.15, burst=2),
+    USMoE(k=1.5, pool="threshold", threshold=0.2, burst=0.5, min_experts=1, normalize="chosen"),
+    USMoE(k=1, pool="threshold", threshold=0.3, min_experts=1),
+    USMoE(k=2, pool="token", burst=1, min_experts=1),
     USMoE(k=1, alpha=0.0),
     USMoE(k=0.5, alpha=1.0, expert_score="sigmoid"),
     USMoE(k=1.3, alpha=0.3, token_score="sigmoid"),
     *(USMoE(k=1.5, mask_padding=False, pool=pool) for pool in ("sequence", "batch", "time_step")),
     USMoE(k=1, mask_padding=False, pool="token"),
+    USMoE(k=1.5, mask_padding=False, pool="prefix", burst=1),
     Hosted(USMoE(k="0.75x"), BIASED),
     Hosted(USMoE(k="0.75x", alpha=0.5, pool="batch"), PLAIN),
     Hosted(USMoE(k=1.2, alpha=0.5), BIASED),
+    Hosted(USMoE(k="0.75x", pool="prefix", burst=1, min_experts=1), BIASED),
+    Hosted(USMoE(pool="prefix", alpha=0.5), PLAIN),
 ]
 
 EXPERT_CHOICES: list[Any] = [

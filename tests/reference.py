@@ -94,13 +94,14 @@ def expert_scores(logits: list[Row], kind: str, pools: list[list[int]]) -> list[
 
 
 def pools_of(kind: str, competes: list[list[bool]], segments: list[list[int]] | None = None) -> list[list[int]]:
-    """The tokens of each pool: sequence | batch | time_step | token. A segment of a sequence is a world of its own."""
+    """The tokens of each pool, in order: sequence (or prefix: online) | batch | time_step | token, threshold. A segment
+    of a sequence is a world of its own."""
     pools: dict[tuple, list[int]] = {}
     length = len(competes[0]) if competes else 0
     for b, row in enumerate(competes):
         for step, there in enumerate(row):
             if there:
-                key = {"sequence": (b,), "batch": (), "time_step": (step,)}.get(kind, (b, step))
+                key = {"sequence": (b,), "prefix": (b,), "batch": (), "time_step": (step,)}.get(kind, (b, step))
                 if segments is not None:
                     key = (*key, "packed", b, segments[b][step])
                 pools.setdefault(key, []).append(b * length + step)
@@ -129,6 +130,11 @@ def route(router: Any, logits: list, valid: list | None = None, segments: list |
     flat = [row if here else [0.0] * len(row) for row, here in zip(flat, there, strict=True)]
     rule = {"token_choice": _token_choice, "own_choice": _token_choice, "expert_choice": _expert_choice}
     return rule.get(router.name, _usmoe)(router, flat, there, real, segments, host)
+
+
+def remembers(router: Any) -> bool:
+    """Whether the order of a sequence's tokens matters: what one token takes, later ones compete with or go without."""
+    return getattr(router, "pool", "") == "prefix" or getattr(router, "burst", None) is not None
 
 
 def experts_a_token(router: Any, host: Any = None) -> float | None:
@@ -188,17 +194,49 @@ def _usmoe(router: Any, flat: list[Row], there: list[bool], real: list, segments
         [(1 - alpha) * of_tokens[t][e] + alpha * of_experts[t][e] for e in range(experts)] for t in range(len(flat))
     ]
     ranked = [[unified[t][e] + (1 - alpha) * bias[e] for e in range(experts)] for t in range(len(flat))]
-    weight: dict[tuple[int, int], Number] = {}
+    able = [(ranked[t][e], t * experts + e) for t, row in enumerate(flat) for e in range(experts) if finite(row[e])]
+    chosen: list[int] = []
     for pool in pools:
-        able = [(ranked[t][e], t * experts + e) for t in pool for e in range(experts) if finite(flat[t][e])]
+        mine = [(score, index) for score, index in able if index // experts in pool]
         if router.pool == "threshold":
-            chosen = [index for score, index in able if value(score) >= router.threshold]
+            chosen += [index for score, index in mine if value(score) >= router.threshold]
+        elif router.pool == "prefix":
+            chosen += _online(mine, pool, experts, experts_a_token(router, host))
         else:
-            chosen = best(able, budget(experts_a_token(router, host), len(pool)))
-        for t in pool:
-            own = [index % experts for index in chosen if index // experts == t]
-            _weigh(weight, t, unified[t], own, normalize, host)
+            chosen += best(mine, budget(experts_a_token(router, host), len(pool)))
+    if router.min_experts or router.burst is not None:
+        streams = pools_of("sequence", real, segments)
+        chosen = [i for pool in streams for i in _floor_and_bucket(router, able, chosen, pool, experts, host)]
+    weight: dict[tuple[int, int], Number] = {}
+    for t in [t for pool in pools for t in pool]:
+        own = [index % experts for index in chosen if index // experts == t]
+        _weigh(weight, t, unified[t], own, normalize, host)
     return Answer(weight, pools)
+
+
+def _online(able: list[tuple[Number, int]], pool: list[int], experts: int, k: float) -> list[int]:
+    """Token after token: those of its pairs that are among the floor(k*t + 0.5) best of tokens 1 ... t."""
+    chosen: list[int] = []
+    for t, token in enumerate(pool, 1):
+        so_far = [(score, index) for score, index in able if index // experts <= token]
+        chosen += [index for index in best(so_far, budget(k, t)) if index // experts == token]
+    return chosen
+
+
+def _floor_and_bucket(
+    router: Any, able: list[tuple[Number, int]], chosen: list[int], pool: list[int], experts: int, host: Any
+) -> list[int]:
+    """Token after token: min_experts at least, and in all no more than k*t + burst."""
+    spent: list[int] = []
+    for t, token in enumerate(pool, 1):
+        own = [(score, index) for score, index in able if index // experts == token]
+        wants = max(sum(index // experts == token for index in chosen), min(router.min_experts, len(own)))
+        while (
+            router.burst is not None and wants and len(spent) + wants > experts_a_token(router, host) * t + router.burst
+        ):
+            wants -= 1
+        spent += best(own, wants)
+    return spent
 
 
 def _bias(host: Any, flat: list[Row]) -> Row:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from every_router import (
     those,
     whole,
 )
+from usmoe import USMoE
 
 every = pytest.mark.parametrize("router", ALL_ROUTERS, ids=str)
 
@@ -77,8 +79,62 @@ def test_spends_its_budget(router: Any, batch: Batch):
     for pool in answer.pools:
         if router.promises.budget == "exact":
             assert mask[pool].sum() == reference.budget(k, len(pool))
-        elif router.promises.budget == "none":
+        elif plain(router).name == "expert_choice" and router.promises.budget == "none":
             assert mask[pool].sum(0).tolist() == [max(1, math.floor(k * len(pool) / experts + 0.5))] * experts
+
+
+@pytest.mark.parametrize("router", [r for r in ALL_ROUTERS if getattr(r, "burst", None) is not None], ids=str)
+@given(batch=batches(length=12))
+@laws
+def test_no_prefix_spends_more_than_its_bucket_holds(router: Any, batch: Batch):
+    """capped: used(t) <= k*t + burst, t counting the real tokens of a segment from 1."""
+    router = fit(router, batch.logits.shape[-1])
+    counted = batch.valid if batch.valid is not None and router.mask_padding else torch.ones(batch.logits.shape[:2])
+    segments = (torch.rand(batch.logits.shape[:2], generator=batch.random) < 0.2).cumsum(1)
+    routing = usmoe.route(batch.logits, router, valid=batch.valid, segments=segments)
+    counts = routing.experts_per_token.view_as(segments)
+    for row, here, ids in zip(counts, counted.bool(), segments, strict=True):
+        for segment in ids.unique():
+            own = here & (ids == segment)
+            used = row[own].cumsum(0).tolist()
+            assert all(spent <= router.k * t + router.burst for t, spent in enumerate(used, 1))
+            assert all(count >= router.min_experts for count in row[own])  # min_experts <= k always fits
+
+
+def test_without_a_bucket_prefixes_do_spend_more():
+    """The positive control of the law above: sharp tokens after dull ones."""
+    logits = torch.cat([torch.zeros(1, 6, 4), torch.tensor([9.0, 9.0, 9.0, -9.0]).expand(1, 6, 4)], 1)
+    for free in (USMoE(k=1, pool="prefix"), USMoE(k=1, pool="threshold", threshold=0.25)):
+        used = usmoe.route(logits, free).experts_per_token.cumsum(0)
+        assert any(spent > t for t, spent in enumerate(used.tolist(), 1))
+
+
+NESTED = [
+    router
+    for router in USMOES
+    if plain(router) is router and router.burst is None and router.pool != "token" and router.k is not None
+]
+
+
+@pytest.mark.parametrize("router", NESTED, ids=str)
+@given(batch=batches(least=2))
+@laws
+def test_a_higher_k_chooses_what_a_lower_one_does_and_more(router: Any, batch: Batch):
+    experts = batch.logits.shape[-1]
+    low, high = sorted(0.3 + (experts - 0.3) * torch.rand(2, generator=batch.random).numpy())
+    low, high = max(low, router.min_experts), max(high, router.min_experts)
+    masks = [whole(replace(router, k=float(k)), batch.logits, batch.valid)[0] for k in (low, high)]
+    assert not (masks[0] & ~masks[1]).any()
+
+
+def test_a_bucket_breaks_the_nesting():
+    """The positive control: what a higher k spends early is missing later."""
+
+    def nested(batch: Batch) -> bool:
+        masks = [whole(USMoE(k=k, pool="prefix", burst=0), batch.logits)[0] for k in (1.0, 1.5)]
+        return bool((masks[0] & ~masks[1]).any())
+
+    assert search(nested)
 
 
 @every
@@ -88,8 +144,12 @@ def test_follows_a_permutation_of_the_tokens_of_a_pool(router: Any, batch: Batch
     logits = batch.logits
     router = fit(router, logits.shape[-1])
     order = torch.arange(logits.shape[0] * logits.shape[1])
-    answer = oracle(router, logits)
-    for pool in answer.pools if max(map(len, answer.pools)) > 1 else [order.tolist()]:
+    pools = oracle(router, logits).pools
+    if reference.remembers(plain(router)):  # the order of its tokens is the sequence: let sequences change places
+        order, pools = order.view(logits.shape[:2])[torch.randperm(len(logits), generator=batch.random)].flatten(), []
+    elif max(map(len, pools)) == 1:
+        pools = [order.tolist()]
+    for pool in pools:
         order[pool] = torch.tensor(pool)[torch.randperm(len(pool), generator=batch.random)]
     mask, weight = (x.flatten(0, 1) for x in whole(router, logits))
     shuffled = logits.flatten(0, 1)[order].view_as(logits)
@@ -210,15 +270,41 @@ def test_later_tokens_matter_to_a_router_that_is_not_causal(router: Any):
 @laws
 def test_chunks_equal_the_whole_for_a_streamable_router(router: Any, batch: Batch):
     router = fit(router, batch.logits.shape[-1])
-    cuts = sorted({0, batch.below(batch.logits.shape[1] + 1), batch.logits.shape[1]})
+    segments = None
+    if batch.below(2):  # segments, also such as go on in the next chunk
+        segments = (torch.rand(batch.logits.shape[:2], generator=batch.random) < 0.3).cumsum(1) + 5
+    routing = usmoe.route(batch.logits, router, valid=batch.valid, segments=segments)
+    assert_same(_in_chunks(router, batch, segments), grids(routing, batch.logits))
+
+
+def _in_chunks(router: Any, batch: Batch, segments: Tensor | None, hand_on: bool = True) -> tuple[Tensor, Tensor]:
+    """Mask and weights of a sequence that is routed in chunks of random lengths, empty ones among them."""
+    length = batch.logits.shape[1]
+    cuts = sorted([0, *(batch.below(length + 1) for _ in range(batch.below(4))), length])
     state, chunks = None, []
     for start, end in itertools.pairwise(cuts):
-        part, valid = batch.logits[:, start:end], None if batch.valid is None else batch.valid[:, start:end]
-        routing = usmoe.route(part, router, valid=valid, state=state)
-        state = routing.state
-        chunks.append(grids(routing, part))
-    joined = tuple(torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
-    assert_same(joined, whole(router, batch.logits, batch.valid))
+        parts = [None if x is None else x[:, start:end] for x in (batch.logits, batch.valid, segments)]
+        logits, valid, ids = parts
+        assert logits is not None
+        routing = usmoe.route(logits, router, valid=valid, segments=ids, state=state)
+        state = routing.state if hand_on else None
+        chunks.append(grids(routing, logits))
+    mask, weight = (torch.cat(each, 1) for each in zip(*chunks, strict=True))
+    return mask, weight
+
+
+@pytest.mark.parametrize("router", [r for r in ALL_ROUTERS if reference.remembers(plain(r))], ids=str)
+def test_without_the_state_chunks_differ_from_the_whole(router: Any):
+    """The positive control: what is handed on matters. (k pairs a token never empty the bucket of pool=token.)"""
+    router = fit(router, 4)
+    found = search(lambda b: differ(_in_chunks(router, b, None, hand_on=False), whole(router, b.logits)))
+    assert found == (router.pool != "token" if hasattr(router, "pool") else True)
+
+
+@every_one(lambda promises: not promises.streamable)
+def test_chunks_differ_from_the_whole_if_not_promised(router: Any):
+    router = fit(router, 4)
+    assert search(lambda batch: differ(_in_chunks(router, batch, None), whole(router, batch.logits)))
 
 
 OF_A_SEQUENCE = [

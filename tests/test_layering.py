@@ -1,6 +1,6 @@
 """Imports obey the arrow.
 
-    types -> routing -> experts -> layers -> {hf, models} -> {embed, train, attack, audit} -> cli
+    types -> lp -> routing -> experts -> layers -> {hf, models} -> {embed, train, attack, audit} -> cli
 
 Two of one brace may know each other in one direction.
 metrics, report and plots read Routing values, recorded tensors and saved results, never a model.
@@ -18,7 +18,15 @@ import pytest
 import usmoe
 
 ROOT = Path(usmoe.__file__).parent
-ARROW = [{"types"}, {"routing"}, {"experts"}, {"layers"}, {"hf", "models"}, {"embed", "train", "attack", "audit"}]
+ARROW = [
+    {"types"},
+    {"lp"},
+    {"routing"},
+    {"experts"},
+    {"layers"},
+    {"hf", "models"},
+    {"embed", "train", "attack", "audit"},
+]
 RANK = {name: rank for rank, names in enumerate(ARROW) for name in names}
 READERS = {"metrics", "report", "plots"}
 TOP = {"cli", "__main__"}

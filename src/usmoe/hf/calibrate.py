@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from usmoe.hf.layers import Layer
 from usmoe.hf.patch import listening, patch_of, patched
+from usmoe.lp.greedy import top
 from usmoe.routing import ExpertChoice, USMoE
 from usmoe.routing.pools import pools
 from usmoe.routing.router import competing, experts_per_token
 from usmoe.routing.scores import EXPERT_CHOICE_SCORES
-from usmoe.routing.select import budget, capacity, per_expert, top
+from usmoe.routing.select import budget, capacity, per_expert
 from usmoe.types import RouterOutput
 
 Batch = Tensor | Mapping[str, Tensor]

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from usmoe.lp.greedy import top
 from usmoe.routing.host import ROUTE, Host, Normalize, TokenScore
 from usmoe.routing.router import Experts, Router, Segments, competing, experts_per_token, refuse_state
 from usmoe.routing.scores import TOKEN_SCORES, masked_softmax
-from usmoe.routing.select import top, whole
+from usmoe.routing.select import whole
 from usmoe.routing.weigh import NORMALIZATIONS
 from usmoe.types import Promises, Routing
 

@@ -1,0 +1,81 @@
+"""Greedy selection: where the linear program of routing is solved by taking the best pairs first.
+
+With a budget alone, or with bounds on the tokens alone (or on the experts alone) beside it, the feasible sets are the
+bases of a matroid: rows that are independent of each other but for the budget. Taking each row's floor first, and then
+the best of what its cap still allows, is optimal: where another solution lacks a pair that was taken, it holds a pair
+in that pair's place, of the same row or of another row above its floor, which scores no higher; exchanging the two
+keeps all bounds and loses nothing (Edmonds 1971, "Matroids and the greedy algorithm").
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@torch.no_grad()
+def top(
+    scores: Float[Tensor, "G M"], eligible: Bool[Tensor, "G M"], count: Int[Tensor, " G"]
+) -> tuple[Bool[Tensor, "G M"], Float[Tensor, " G"]]:
+    """The `count` best of each row, and the cut.
+
+    Ties: the lower index wins. A row with fewer eligible entries than `count` gives all of them. The cut lies midway
+    between the last chosen and the first unchosen score, so that `score >= cut` chooses the same entries (unless
+    those two are equal); -inf where all were chosen, +inf where none was
+    (an empty row counts as none).
+    """
+    ranked = scores.masked_fill(~eligible, -torch.inf)
+    count = torch.minimum(count, eligible.sum(1))
+    width = ranked.shape[1]
+    depth = min(int(count.max()) + 1, width) if count.numel() else 0
+    best = ranked.topk(depth, dim=1).values  # (G, depth)
+    edge = ranked.new_full((len(ranked), 1), torch.inf)
+    floor = -edge
+    ladder = torch.cat([edge, best, floor], 1)  # rank 0 is +inf, rank n the n-th score, past the end -inf
+    last = ladder.gather(1, count[:, None])
+    first_out = ladder.gather(1, count[:, None] + 1)
+    mask = ranked >= last
+    surplus = mask.sum(1) - count
+    if surplus.any():  # a tie at the cut: of those equal to the last, the lowest indices
+        equal = ranked == last
+        above = ranked > last
+        mask = above | (equal & (equal.cumsum(1) <= (count - above.sum(1))[:, None]))
+    return mask & eligible, midway(last, first_out).squeeze(1)
+
+
+def midway(last: Float[Tensor, "..."], first_out: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The cut between the last chosen and the first unchosen score: the middle where there is one; -inf where nothing
+    is left, +inf where nothing was chosen."""
+    middle = last + (first_out - last) / 2
+    middle = torch.where(middle <= first_out, last, middle)  # adjacent floats have no middle
+    middle = torch.where(first_out == -torch.inf, first_out, middle)
+    return torch.where(last == torch.inf, last, middle)
+
+
+@torch.no_grad()
+def within(
+    scores: Float[Tensor, "G S E"],
+    floors: Int[Tensor, "G M"],
+    caps: Int[Tensor, "G M"],
+    budget: Int[Tensor, " G"] | None,
+    dim: int,
+) -> Bool[Tensor, "G S E"]:
+    """The best pairs, where each token (dim=-1, M=S) or each expert (dim=-2, M=E) takes floors to caps of them, and all
+    together the budget. The bounds must be feasible.
+
+    Without a budget, what exceeds the floors is taken while it scores above 0. A pair of score -inf is taken where
+    nothing else meets a floor or the budget. Ties: the lower flat index wins.
+    """
+    order = scores.argsort(dim=dim, descending=True, stable=True)
+    shape = [1] * scores.ndim
+    shape[dim] = -1
+    step = torch.arange(scores.shape[dim], device=scores.device).view(shape).expand_as(order)
+    rank = torch.empty_like(order).scatter(dim, order, step)
+    forced = rank < floors.unsqueeze(dim)
+    optional = ~forced & (rank < caps.unsqueeze(dim))
+    if budget is None:
+        return forced | (optional & (scores > 0))
+    finite = scores.clamp(min=torch.finfo(scores.dtype).min)
+    best, _ = top(finite.flatten(1), optional.flatten(1), budget - floors.sum(-1))
+    return forced | best.view_as(forced)

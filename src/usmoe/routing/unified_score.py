@@ -1,0 +1,55 @@
+"""The unified score, and the fields that describe it: what USMoE and BoundedChoice rank by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from usmoe.routing.host import Host, Normalize, TokenScore
+from usmoe.routing.pools import Pools
+from usmoe.routing.router import Experts, Router, is_number
+from usmoe.routing.scores import EXPERT_SCORES, TOKEN_SCORES
+from usmoe.routing.weigh import NORMALIZATIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnifiedScore(Router):
+    """U = (1 - alpha) * token score + alpha * expert score (arXiv 2503.22996, Proposition 3.1, Definition 3.2,
+    Algorithm 1)."""
+
+    k: Experts = None
+    """Experts a token, on average; may be fractional."""
+    alpha: float | None = None
+    """Share of the expert score, 0 to 1."""
+    token_score: TokenScore | None = None
+    """softmax | sigmoid."""
+    expert_score: Literal["scaled_sigmoid", "sigmoid", "softmax_tokens"] = "scaled_sigmoid"
+    """scaled_sigmoid = 2*sigmoid/E (the released code) | sigmoid (Algorithm 1) | softmax_tokens (Definition 3.2)."""
+    normalize: Normalize | None = None
+    """Over what the weights of a token sum to 1: none | all | chosen."""
+
+    def _check(self) -> None:
+        super()._check()
+        if self.alpha is not None and not (is_number(self.alpha) and 0 <= self.alpha <= 1):
+            raise ValueError(f"alpha={self.alpha!r} is not a share. Choose 0 <= alpha <= 1.")
+
+    def unified_scores(
+        self, flat: Float[Tensor, "T E"], group: Pools, host: Host
+    ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
+        """The unified score that weighs, and the one that ranks (they differ by the host's correction bias alone)."""
+        alpha = host.alpha if self.alpha is None else self.alpha
+        if self.token_score is None:
+            scores, ranked = host.weighing_scores(flat), host.ranking_scores(flat)
+        else:
+            scores = ranked = TOKEN_SCORES[self.token_score](flat)
+        if not alpha:
+            return scores, ranked
+        expert = alpha * EXPERT_SCORES[self.expert_score](flat, group)
+        return (1 - alpha) * scores + expert, (1 - alpha) * ranked + expert
+
+    def weights(self, scores: Float[Tensor, "T E"], mask: Bool[Tensor, "T E"], host: Host) -> Float[Tensor, "T E"]:
+        """The weights of the chosen pairs, read where the mask is True."""
+        return NORMALIZATIONS[self.normalize or host.normalize](scores, mask) * host.scale
