@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from usmoe import metrics
+from usmoe import lp, metrics
 from usmoe.layers import MoE, SoftMoE
-from usmoe.routing import ROUTERS, ExpertChoice, OwnChoice, TokenChoice, USMoE, parse_router, route
+from usmoe.routing import ROUTERS, BoundedChoice, ExpertChoice, OwnChoice, TokenChoice, USMoE, parse_router, route
 from usmoe.types import Promises, RouterOutput, Routing
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _LAZY = {
 
 __all__ = [
     "ROUTERS",
+    "BoundedChoice",
     "ExpertChoice",
     "MoE",
     "OwnChoice",
@@ -46,6 +47,7 @@ __all__ = [
     "USMoE",
     "__version__",
     "calibrate",
+    "lp",
     "metrics",
     "parse_router",
     "patch",

@@ -1,5 +1,6 @@
 """Routing: logits -> scores -> mask -> weight -> Routing."""
 
+from usmoe.routing.bounded import BoundedChoice
 from usmoe.routing.expert_choice import ExpertChoice
 from usmoe.routing.host import ROUTE, Host
 from usmoe.routing.route import route
@@ -11,6 +12,7 @@ from usmoe.routing.unified import USMoE
 __all__ = [
     "ROUTE",
     "ROUTERS",
+    "BoundedChoice",
     "ExpertChoice",
     "Host",
     "OwnChoice",

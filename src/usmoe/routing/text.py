@@ -10,12 +10,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from usmoe.routing.bounded import BoundedChoice
 from usmoe.routing.expert_choice import ExpertChoice
 from usmoe.routing.router import Router
 from usmoe.routing.token_choice import OwnChoice, TokenChoice
 from usmoe.routing.unified import USMoE
 
-ROUTERS: dict[str, type[Router]] = {router.name: router for router in (TokenChoice, ExpertChoice, USMoE, OwnChoice)}
+ROUTERS: dict[str, type[Router]] = {
+    router.name: router for router in (TokenChoice, ExpertChoice, USMoE, BoundedChoice, OwnChoice)
+}
 """Every router by its name in text."""
 
 _CALL = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", re.DOTALL)

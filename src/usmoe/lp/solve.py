@@ -1,0 +1,125 @@
+"""`solve`: the best (token, expert) pairs under a budget, floors and caps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from usmoe.lp.bounds import Bounds
+from usmoe.lp.optimum import best_pairs
+
+Bound = int | Tensor | None
+Pair = tuple[Bound, Bound] | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solution:
+    """The chosen pairs, what they are worth, and a proof of how good they are."""
+
+    mask: Bool[Tensor, "T E"]
+    """True for the chosen pairs."""
+    value: float
+    """Sum of their scores."""
+    upper_bound: float
+    """No selection within the bounds has a higher sum: the value of a dual solution (the value itself where a greedy
+    selection is optimal)."""
+
+
+def solve(
+    scores: Float[Tensor, "T E"], *, budget: int | None = None, per_token: Pair = None, per_expert: Pair = None
+) -> Solution:
+    """The selection of (token, expert) pairs with the highest sum of scores: the linear program of routing, whose
+    solutions are whole (its matrix is that of a flow), so that choosing pairs is solving it.
+
+    scores      (T, E), any float dtype; worked on in float64. -inf: never chosen
+    budget      exactly so many pairs; None: as many as pay, within the bounds
+    per_token   (floor, cap) of the pairs of a token: each an int, an int tensor (T,), or None; None: no bounds
+    per_expert  (floor, cap) of the pairs of an expert: each an int, an int tensor (E,), or None; None: no bounds
+
+    Exact, with value == upper_bound, where the bounds are on one side at most: a greedy selection is optimal there
+    (budget with token bounds alone, or with expert bounds alone: the argument is in usmoe.lp.greedy), and the lower
+    flat index wins a tie. With bounds on both sides the selection is optimal to rounding, by successive shortest paths
+    from near-optimal prices of the experts, and upper_bound is the dual value of the prices in the end, a certificate
+    that does not rest on the paths; which of several optima it is, is left open.
+
+    Raises ValueError for bounds that cannot be met, with the numbers that conflict; for NaN and +inf scores; and for
+    shapes and values that do not fit.
+    """
+    _check_scores(scores)
+    tokens, experts = scores.shape
+    bounds = Bounds(
+        tokens=_sides("per_token", per_token, tokens, experts, scores.device),
+        experts=_sides("per_expert", per_expert, experts, tokens, scores.device),
+        budget=_budget(budget, scores.device),
+    )
+    conflict = bounds.conflict()
+    if conflict:
+        raise ValueError(f"The bounds cannot be met: {conflict}. Widen a bound or change the budget.")
+    wide = scores.detach().double()
+    mask, _, upper = best_pairs(wide[None], bounds)
+    never = mask[0] & (wide == -torch.inf)
+    if never.any():
+        raise ValueError(
+            f"The bounds cannot be met: they ask for {int(mask.sum())} pairs, and {int(never.sum())} of these would "
+            f"score -inf; {int((wide > -torch.inf).sum())} pairs are finite. Widen a bound or change the budget."
+        )
+    value = wide[mask[0]].sum().item()
+    return Solution(mask=mask[0], value=value, upper_bound=max(value, upper.item()))
+
+
+def _check_scores(scores: Any) -> None:
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or not scores.is_floating_point():
+        what = (
+            f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        )
+        raise ValueError(f"scores are {what}. Give a float tensor (tokens, experts).")
+    for name, wrong in (("NaN", scores.isnan()), ("+inf", scores == torch.inf)):
+        if wrong.any():
+            raise ValueError(
+                f"{int(wrong.sum())} of {wrong.numel()} scores are {name}. Give finite scores, and -inf where a pair "
+                "must never be chosen."
+            )
+
+
+def _budget(budget: Any, device: torch.device) -> Tensor | None:
+    if budget is None:
+        return None
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+        raise ValueError(f"budget={budget!r} is no number of pairs. Give a whole number, 0 or more.")
+    return torch.tensor([budget], device=device)
+
+
+def _sides(name: str, pair: Any, rows: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Floors and caps (1, rows), within 0 to `most`."""
+    if pair is None:
+        pair = (None, None)
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"{name}={pair!r} is no pair of bounds. Give (floor, cap), either of them None.")
+    floors, caps = (_counts(name, bound, rows, idle, device) for bound, idle in zip(pair, (0, most), strict=True))
+    if (floors > caps).any():
+        row = int((floors > caps).nonzero()[0, 0])
+        raise ValueError(
+            f"{name} has a floor of {int(floors[row])} above a cap of {int(caps[row])}. Swap or widen them."
+        )
+    if (floors > most).any():
+        there = f"{most} {'experts' if name == 'per_token' else 'tokens'}"
+        raise ValueError(f"{name} has a floor of {int(floors.max())}, but there are {there}. Choose one <= {most}.")
+    return floors[None], caps.clamp(max=most)[None]
+
+
+def _counts(name: str, bound: Any, rows: int, idle: int, device: torch.device) -> Tensor:
+    if bound is None:
+        bound = idle
+    if isinstance(bound, int) and not isinstance(bound, bool):
+        bound = torch.full((rows,), bound)
+    if not isinstance(bound, Tensor) or bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool:
+        raise ValueError(f"A bound of {name} is {bound!r}. Bounds are counts: give a whole number, or an int tensor.")
+    if tuple(bound.shape) != (rows,):
+        raise ValueError(f"A bound of {name} has shape {tuple(bound.shape)}. Give one number, or a tensor ({rows},).")
+    if (bound < 0).any():
+        raise ValueError(f"A bound of {name} is {int(bound.min())}. Bounds are counts: give 0 or more.")
+    return bound.to(device).long()
