@@ -18,17 +18,21 @@ from usmoe.lp.bounds import Bounds
 
 _SHRINK = 0.2
 """Factor from one tau to the next."""
-_STEPS = 400
+_GIVE = 1e-3
+"""By how many pairs a bound gives way for a price of the whole range: where floors and caps leave no room, or repeat
+each other, prices would grow without end."""
+_STEPS = 200
 """Newton steps after which the prices are taken as they are: any prices give a true bound."""
 
 
 @torch.no_grad()
-def expert_prices(scores: Float[Tensor, "G S E"], bounds: Bounds, last: float = 1e-4) -> Float[Tensor, "G E"]:
+def expert_prices(scores: Float[Tensor, "G S E"], bounds: Bounds) -> Float[Tensor, "G E"]:
     """Near-optimal prices of the experts: positive where a cap binds, negative where a floor does, 0 elsewhere.
 
-    scores  -inf: never chosen
-    last    strength of the last barrier, as a share of the range of a pool's scores: the prices' relative precision
+    Scores in float64; -inf: never chosen. The prices are as precise as the scores are dense: a few of S*E scores lie
+    within the last tau, so that few pairs are left on the wrong side of them.
     """
+    last = min(max(8 / max(scores[0].numel(), 1), 1e-5), 1e-2)
     allowed = scores > -torch.inf
     low = scores.masked_fill(~allowed, torch.inf).amin((1, 2), keepdim=True)
     high = scores.amax((1, 2), keepdim=True)
@@ -47,7 +51,10 @@ def expert_prices(scores: Float[Tensor, "G S E"], bounds: Bounds, last: float = 
         descent = -_dot(slope, step)
         decrement = (descent / tau).clamp(min=0).sqrt()
         length = dual.line_search(point, step, tau, descent, going & (decrement > 0.5))
-        point = _moved(point, step, torch.where(going, length, 0.0))
+        going = going & torch.isfinite(decrement)
+        token, expert, budget = _moved(point, step, length)
+        here = going[:, None]
+        point = token.where(here, point[0]), expert.where(here, point[1]), budget.where(going, point[2])
         going = going & ~((tau <= last) & (decrement < 0.5))
         if not going.any():
             break
@@ -55,7 +62,8 @@ def expert_prices(scores: Float[Tensor, "G S E"], bounds: Bounds, last: float = 
     _, expert, budget = point
     price = expert - budget[:, None]
     price = torch.where(price.abs() < 2 * tau[:, None], 0.0, price)  # a slack bound has a price of about tau / slack
-    return price * scale.squeeze(2)
+    most = 2 * (scores.shape[2] + 2)  # no chain of exchanges is worth more
+    return price.clamp(-most, most) * scale.squeeze(2)
 
 
 Point = tuple[Tensor, Tensor, Tensor]
@@ -76,25 +84,29 @@ class _Dual:
         new = self.scores.new_zeros
         return new(rows, tokens), new(rows, experts), new(rows)
 
-    def at(self, point: Point, tau: Tensor) -> tuple[Point, Point]:
+    def slope(self, point: Point, tau: Tensor) -> Point:
+        """The slope of the dual."""
+        return self.at(point, tau, curved=False)[0]
+
+    def at(self, point: Point, tau: Tensor, curved: bool = True) -> tuple[Point, Point]:
         """The slope of the dual, and the curvature of its three kinds of terms: of pairs, tokens, experts."""
         token, expert, budget = point
         token_low, token_high, expert_low, expert_high = self.bounds
         each = tau[:, None]
-        x, of_pairs = _best(self.scores - token[..., None] - expert[:, None], 0.0, 1.0, each[..., None])
+        x, of_pairs = _best(self.scores - token[..., None] - expert[:, None], 0.0, 1.0, each[..., None], curved)
         if self.never is not None:
             x, of_pairs = x.masked_fill(self.never, 0.0), of_pairs.masked_fill(self.never, 0.0)
-        r, of_tokens = _best(token, token_low, token_high, each)
-        c, of_experts = _best(expert - budget[:, None], expert_low, expert_high, each)
+        r, of_tokens = _best(token, token_low, token_high, each, curved)
+        c, of_experts = _best(expert - budget[:, None], expert_low, expert_high, each, curved)
         left = torch.zeros_like(budget) if self.budget is None else self.budget - c.sum(1)
-        return (r - x.sum(2), c - x.sum(1), left), (of_pairs, of_tokens, of_experts)
+        slope = r - x.sum(2) + _GIVE * token, c - x.sum(1) + _GIVE * expert, left + _GIVE * budget
+        return slope, (of_pairs, of_tokens, of_experts)
 
     def newton(self, slope: Point, curve: Point) -> Point:
         """The step to the minimum of the second-order model."""
         of_pairs, of_tokens, of_experts = curve
         experts = of_experts.shape[1]
-        tiny = torch.finfo(of_pairs.dtype).tiny
-        diagonal = of_pairs.sum(2) + of_tokens + tiny
+        diagonal = of_pairs.sum(2) + of_tokens + _GIVE
         matrix = of_pairs.new_zeros(len(of_pairs), experts + 1, experts + 1)
         matrix[:, :experts, :experts] = torch.diag_embed(of_pairs.sum(1) + of_experts)
         matrix[:, :experts, :experts] -= of_pairs.mT @ (of_pairs / diagonal[..., None])
@@ -103,9 +115,7 @@ class _Dual:
         else:
             matrix[:, :experts, experts] = matrix[:, experts, :experts] = -of_experts
             matrix[:, experts, experts] = of_experts.sum(1)
-        # where floors equal caps the equations repeat each other: a trace of the diagonal keeps them solvable
-        size = matrix.diagonal(dim1=1, dim2=2).amax(1)
-        matrix.diagonal(dim1=1, dim2=2).add_((size * 1e-14 + tiny)[:, None])
+        matrix.diagonal(dim1=1, dim2=2).add_(_GIVE)
         of_token, of_expert, of_budget = slope
         right = of_expert - (of_pairs.mT @ (of_token / diagonal)[..., None]).squeeze(2)
         solved = torch.linalg.solve(matrix, -torch.cat([right, of_budget[:, None]], 1))
@@ -114,28 +124,35 @@ class _Dual:
         return token, expert, budget
 
     def line_search(self, point: Point, step: Point, tau: Tensor, descent: Tensor, wanted: Tensor) -> Tensor:
-        """Step lengths at which the slope along the step is down to half of what it was; 1 where none is wanted."""
+        """Step lengths at which the slope along the step is down to half of what it was; 1 where none is wanted.
+
+        The slope grows with the length from -descent, so its zero is bracketed and found by false position.
+        """
         length = torch.ones_like(tau)
         low, high = torch.zeros_like(tau), torch.full_like(tau, torch.inf)
+        below, above = -descent, torch.ones_like(tau)
         for _ in range(12):
             if not wanted.any():
                 break
-            along = _dot(self.at(_moved(point, step, length), tau)[0], step)
+            along = _dot(self.slope(_moved(point, step, length), tau), step)
             wanted = wanted & (along.abs() > 0.5 * descent)
             short = along < 0
             low, high = torch.where(short, length, low), torch.where(short, high, length)
-            other = torch.where(high.isinf(), 3 * length, 0.75 * low + 0.25 * high)
+            below, above = torch.where(short, along, below), torch.where(short, above, along)
+            share = (below / (below - above)).clamp(0.1, 0.9)
+            other = torch.where(high.isinf(), 3 * length, low + share * (high - low))
             length = torch.where(wanted, other, length)
         return length
 
 
-def _best(gain: Tensor, low: Tensor | float, high: Tensor | float, tau: Tensor) -> tuple[Tensor, Tensor]:
+def _best(gain: Tensor, low: Tensor | float, high: Tensor | float, tau: Tensor, curved: bool) -> tuple[Tensor, Tensor]:
     """The z that maximises gain*z + tau*(log(z - low) + log(high - z)), and how fast it grows with the gain."""
     width = high - low
-    v = gain * width / tau
-    y = v / (2 + (4 + v * v).sqrt())  # z is the middle for y = 0, low for -1, high for 1
-    square = y * y
-    return low + width * (1 + y) / 2, width * width * (1 - square) ** 2 / (8 * tau * (1 + square))
+    v = gain * (width / tau)
+    q = 1 / (2 + (4 + v * v).sqrt())
+    y = v * q  # -1 at the lower bound, 1 at the upper; 1 - y*y is 4*q
+    z = low + (width / 2) * (1 + y)
+    return z, q * q / (1 + y * y) * (2 * width * width / tau) if curved else z
 
 
 def _dot(one: Point, other: Point) -> Tensor:

@@ -28,8 +28,8 @@ class BoundedChoice(UnifiedScore):
     constraints.
 
     No token is dropped where its floor is 1, and no expert is loaded beyond its cap. Token choice is
-    per_token=(k, k), per_expert=None; expert choice is per_token=None, per_expert=(1, 1), where k*S/E is whole; USMoE is
-    both None. It looks ahead: in a pool, every token competes with all others.
+    per_token=(k, k), per_expert=None; expert choice is per_token=None, per_expert=(1, 1), where k*S/E is whole; USMoE
+    is both None. It looks ahead: in a pool, every token competes with all others.
 
     -inf is never chosen: a floor, a cap or a budget that cannot be met without is missed by what is lacking. Ties: the
     lower flat index wins where one side has no bounds; where both have, which of several optima it is, is left open.
