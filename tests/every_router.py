@@ -7,6 +7,7 @@ Beside the list: `fit`, which adapts a router to a number of experts; `batches`,
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from usmoe import ExpertChoice, OwnChoice, Routing, TokenChoice, USMoE, route
+from usmoe import BoundedChoice, ExpertChoice, OwnChoice, Routing, TokenChoice, USMoE, route
 from usmoe.routing import Host
 from usmoe.types import Promises
 
@@ -101,6 +102,19 @@ EXPERT_CHOICES: list[Any] = [
     ExpertChoice(pool="threshold", score="softmax_experts", threshold=(0.2, 0.4, 0.1, 0.3, 0.25, 0.35)),
 ]
 
+BOUNDED_CHOICES: list[Any] = [
+    BoundedChoice(k=1.5),
+    BoundedChoice(k=1.5, per_token=(1, 2), per_expert=(0.5, 1), normalize="chosen"),
+    BoundedChoice(k=2, pool="batch", alpha=0.3),
+    BoundedChoice(k=1.5, pool="batch", per_token=(0, 3), per_expert=(1, 1.5), expert_score="softmax_tokens"),
+    BoundedChoice(k=1.5, pool="time_step"),
+    BoundedChoice(k=2, pool="token"),
+    BoundedChoice(k=1.5, per_expert=None, normalize="all"),
+    BoundedChoice(k=1.5, per_token=None, per_expert=(0.5, 1.25), expert_score="sigmoid"),
+    BoundedChoice(k=1.5, per_token=None, per_expert=None),
+    Hosted(BoundedChoice(k="0.75x"), BIASED),
+]
+
 TOKEN_CHOICES: list[Any] = [
     *(
         TokenChoice(k=2, score=score, normalize=normalize, score_order=order)
@@ -113,7 +127,7 @@ TOKEN_CHOICES: list[Any] = [
     Hosted(OwnChoice(k=1), BIASED),
 ]
 
-ALL_ROUTERS: list[Any] = USMOES + EXPERT_CHOICES + TOKEN_CHOICES
+ALL_ROUTERS: list[Any] = USMOES + EXPERT_CHOICES + BOUNDED_CHOICES + TOKEN_CHOICES
 
 laws = settings(max_examples=8, derandomize=True, deadline=None, database=None)
 """Seeded: the same examples on every run."""
@@ -142,6 +156,8 @@ def fit(router: Any, experts: int) -> Any:
         return Hosted(replace(router.router, k=k), host)
     if isinstance(router.k, int | float):
         router = replace(router, k=min(router.k, experts))
+    if isinstance(getattr(router, "per_token", None), tuple):
+        router = replace(router, per_token=(min(router.per_token[0], math.floor(router.k)), router.per_token[1]))
     if isinstance(router.threshold if hasattr(router, "threshold") else None, tuple):
         router = replace(router, threshold=tuple(itertools.islice(itertools.cycle(router.threshold), experts)))
     return router

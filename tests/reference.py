@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from scipy.optimize import linprog
 from torch import Tensor
 
 INF = math.inf
@@ -129,6 +130,7 @@ def route(router: Any, logits: list, valid: list | None = None, segments: list |
     there = [here for row in real for here in row]
     flat = [row if here else [0.0] * len(row) for row, here in zip(flat, there, strict=True)]
     rule = {"token_choice": _token_choice, "own_choice": _token_choice, "expert_choice": _expert_choice}
+    rule["bounded_choice"] = _bounded_choice
     return rule.get(router.name, _usmoe)(router, flat, there, real, segments, host)
 
 
@@ -184,16 +186,8 @@ def _expert_choice(router: Any, flat: list[Row], there: list[bool], real: list, 
 
 def _usmoe(router: Any, flat: list[Row], there: list[bool], real: list, segments: Any, host: Any) -> Answer:
     pools = pools_of(router.pool, real, segments)
-    alpha = router.alpha if router.alpha is not None else (host.alpha if host else 0.5)
-    kind = router.token_score or (host.score if host else "softmax")
-    normalize = router.normalize or (host.normalize if host else "none")
-    bias = _bias(host if router.token_score is None else None, flat)
-    of_tokens, of_experts = token_scores(flat, kind), expert_scores(flat, router.expert_score, pools)
+    unified, ranked = _unified(router, flat, pools, host)
     experts = len(flat[0]) if flat else 0
-    unified = [
-        [(1 - alpha) * of_tokens[t][e] + alpha * of_experts[t][e] for e in range(experts)] for t in range(len(flat))
-    ]
-    ranked = [[unified[t][e] + (1 - alpha) * bias[e] for e in range(experts)] for t in range(len(flat))]
     able = [(ranked[t][e], t * experts + e) for t, row in enumerate(flat) for e in range(experts) if finite(row[e])]
     chosen: list[int] = []
     for pool in pools:
@@ -207,11 +201,96 @@ def _usmoe(router: Any, flat: list[Row], there: list[bool], real: list, segments
     if router.min_experts or router.burst is not None:
         streams = pools_of("sequence", real, segments)
         chosen = [i for pool in streams for i in _floor_and_bucket(router, able, chosen, pool, experts, host)]
+    return _weighed(router, unified, chosen, pools, host)
+
+
+def _unified(router: Any, flat: list[Row], pools: list[list[int]], host: Any) -> tuple[list[Row], list[Row]]:
+    """The unified scores that weigh, and those that rank."""
+    alpha = router.alpha if router.alpha is not None else (host.alpha if host else 0.5)
+    kind = router.token_score or (host.score if host else "softmax")
+    bias = _bias(host if router.token_score is None else None, flat)
+    of_tokens, of_experts = token_scores(flat, kind), expert_scores(flat, router.expert_score, pools)
+    unified = [
+        [(1 - alpha) * a + alpha * b for a, b in zip(*rows, strict=True)]
+        for rows in zip(of_tokens, of_experts, strict=True)
+    ]
+    ranked = [[score + (1 - alpha) * b for score, b in zip(row, bias, strict=True)] for row in unified]
+    return unified, ranked
+
+
+def _weighed(router: Any, unified: list[Row], chosen: list[int], pools: list[list[int]], host: Any) -> Answer:
+    experts = len(unified[0]) if unified else 0
     weight: dict[tuple[int, int], Number] = {}
     for t in [t for pool in pools for t in pool]:
         own = [index % experts for index in chosen if index // experts == t]
-        _weigh(weight, t, unified[t], own, normalize, host)
+        _weigh(weight, t, unified[t], own, router.normalize or (host.normalize if host else "none"), host)
     return Answer(weight, pools)
+
+
+def _bounded_choice(router: Any, flat: list[Row], there: list[bool], real: list, segments: Any, host: Any) -> Answer:
+    """-inf is worth so little that it is taken where nothing else will do, and then left out."""
+    pools = pools_of(router.pool, real, segments)
+    unified, ranked = _unified(router, flat, pools, host)
+    experts = len(flat[0]) if flat else 0
+    k = experts_a_token(router, host)
+    chosen: list[int] = []
+    for pool in pools:
+        live = [[finite(x) for x in flat[t]] for t in pool]
+        low, high = router.per_token or (0, experts)
+        few, many = router.per_expert or (0, INF)
+        share = k * len(pool) / experts
+        of_tokens = [(min(low, sum(row)), min(high, experts)) for row in live]
+        of_experts = [
+            (
+                min(math.floor(few * share), sum(column)),
+                len(pool) if many == INF else min(len(pool), math.ceil(many * share)),
+            )
+            for column in zip(*live, strict=True)
+        ]
+        scores = [[value(ranked[t][e]) if live[i][e] else -1e3 for e in range(experts)] for i, t in enumerate(pool)]
+        n = min(budget(k, len(pool)), sum(map(sum, live)))
+        if router.per_expert is None:
+            taken = _best_within(scores, of_tokens, n, across=False)
+        elif router.per_token is None:
+            taken = _best_within(scores, of_experts, n, across=True)
+        else:
+            taken = _by_linear_program(scores, of_tokens, of_experts, n)
+        chosen += [pool[i] * experts + e for i, e in taken if live[i][e]]
+    return _weighed(router, unified, chosen, pools, host)
+
+
+def _best_within(scores: list[Row], bounds: list[tuple[int, int]], n: int, across: bool) -> list[tuple[int, int]]:
+    """Each row (across: each column) its floor first, then the best of all that their caps allow."""
+    experts = len(scores[0])
+    forced, optional = [], []
+    for line, (low, high) in enumerate(bounds):
+        own = [i * experts + e for i in range(len(scores)) for e in range(experts) if line == (e if across else i)]
+        order = best([(scores[index // experts][index % experts], index) for index in own], len(own))
+        forced += order[:low]
+        optional += order[low:high]
+    rest = best([(scores[index // experts][index % experts], index) for index in optional], n - len(forced))
+    return [divmod(index, experts) for index in forced + rest]
+
+
+def _by_linear_program(
+    scores: list[Row], of_tokens: list[tuple[int, int]], of_experts: list[tuple[int, int]], n: int
+) -> list[tuple[int, int]]:
+    """By scipy's HiGHS; its vertices are whole, and one of a kind where no two selections tie."""
+    tokens, experts = len(scores), len(scores[0])
+    pairs = range(tokens * experts)
+    lines = [[float(p // experts == t) for p in pairs] for t in range(tokens)]
+    lines += [[float(p % experts == e) for p in pairs] for e in range(experts)]
+    bounds = of_tokens + of_experts
+    found = linprog(
+        [-score for row in scores for score in row],
+        A_ub=lines + [[-x for x in line] for line in lines],
+        b_ub=[high for _, high in bounds] + [-low for low, _ in bounds],
+        A_eq=[[1.0] * len(pairs)],
+        b_eq=[n],
+        bounds=(0, 1),
+    )
+    assert found.success, found.message
+    return [divmod(p, experts) for p in pairs if found.x[p] > 0.5]
 
 
 def _online(able: list[tuple[Number, int]], pool: list[int], experts: int, k: float) -> list[int]:

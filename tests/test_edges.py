@@ -35,8 +35,12 @@ every = pytest.mark.parametrize("router", ALL_ROUTERS, ids=str)
 # ---- ties: the lower flat index wins
 
 
+BOUND_ON_BOTH_SIDES = [r for r in ALL_ROUTERS if getattr(plain(r), "per_token", None) and plain(r).per_expert]
+"""Of equal optima one of low indices, which need not be what a greedy selection would say."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@every
+@pytest.mark.parametrize("router", [r for r in ALL_ROUTERS if r not in BOUND_ON_BOTH_SIDES], ids=str)
 @given(seed=st.integers(0, 2**20), length=st.integers(2, 9), experts=st.integers(1, 6))
 @laws
 def test_the_lower_flat_index_wins_a_tie(router: Any, dtype: torch.dtype, seed: int, length: int, experts: int):
@@ -125,7 +129,12 @@ def test_one_token_and_one_expert(router: Any, batch: Batch):
     assert torch.isfinite(routing.weight).all()
 
 
-CHOOSES_BY_K = [r for r in ALL_ROUTERS if getattr(plain(r), "threshold", None) is None]
+CHOOSES_BY_K = [
+    router
+    for router in ALL_ROUTERS
+    if getattr(plain(router), "threshold", None) is None
+    and (getattr(plain(router), "per_token", None) or (0, 3))[1] >= 3
+]
 
 
 @pytest.mark.parametrize("router", CHOOSES_BY_K, ids=str)

@@ -67,7 +67,7 @@ def test_text_may_be_written_by_hand():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("usmo(k=2)", "Did you mean 'usmoe'.*Known: token_choice, expert_choice, usmoe, own_choice"),
+        ("usmo(k=2)", "Did you mean 'usmoe'.*Known: token_choice, expert_choice, usmoe, bounded_choice, own_choice"),
         ("usmoe(k=2, alpa=0.5)", "usmoe has no field 'alpa'. Did you mean 'alpha'"),
         ("usmoe(k=2, k=3)", "gives k twice"),
         ("usmoe(2)", "cannot be read from '2' on. Write field=value"),

@@ -11,6 +11,9 @@ from usmoe.lp.exchange import Exchange
 from usmoe.lp.greedy import within
 from usmoe.lp.prices import expert_prices
 
+_TRACE = 1e-10
+"""Of the range of the scores: what two selections may differ by and count as equal."""
+
 
 @torch.no_grad()
 def best_pairs(
@@ -42,14 +45,14 @@ def best_pairs(
 def _priced(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
     """The same for pools in which both sides matter."""
     prices = expert_prices(scores, bounds)
-    scores = _with_finite(scores)
+    scores, most = _tilted(_with_finite(scores))
     mask, upper = _at(prices, scores, bounds)
     rows = (~_settled(mask.sum(1), prices, bounds)).nonzero().flatten()
     for row in rows.tolist():
         mask[row], prices[row] = _exchanged(scores[row], mask[row], prices[row], bounds.of(rows.new_tensor([row])))
     if len(rows):
         upper[rows] = _at(prices[rows], scores[rows], bounds.of(rows))[1].minimum(upper[rows])
-    return mask, prices, upper.maximum(_worth(scores, mask))
+    return mask, prices, (upper + mask.sum((1, 2)) * most).maximum(_worth(scores, mask))
 
 
 def _at(prices: Tensor, scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
@@ -98,3 +101,12 @@ def _with_finite(scores: Tensor) -> Tensor:
     high = scores.amax((1, 2), keepdim=True)
     low, high = low.where(low < torch.inf, 0.0), high.where(high > -torch.inf, 0.0)
     return scores.where(~never, low - 2 * (scores.shape[2] + 2) * (high - low).clamp(min=1e-6))
+
+
+def _tilted(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores, a trace less the higher the flat index, and how much less the last one of each pool is. The trace grows
+    as a root does: among equal optima the low indices of one outweigh the middle ones of another."""
+    size = max(scores[0].numel(), 1)
+    index = torch.arange(size, dtype=scores.dtype, device=scores.device).view(scores.shape[1:])
+    most = _TRACE * (scores.amax((1, 2)) - scores.amin((1, 2)))
+    return scores - (index / size).sqrt() * most[:, None, None], most

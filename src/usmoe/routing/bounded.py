@@ -32,7 +32,7 @@ class BoundedChoice(UnifiedScore):
     is both None. It looks ahead: in a pool, every token competes with all others.
 
     -inf is never chosen: a floor, a cap or a budget that cannot be met without is missed by what is lacking. Ties: the
-    lower flat index wins where one side has no bounds; where both have, which of several optima it is, is left open.
+    lower flat index wins; where both sides have bounds, of equal optima one of low flat indices.
     """
 
     name: ClassVar[str] = "bounded_choice"
@@ -119,15 +119,15 @@ class BoundedChoice(UnifiedScore):
         mask = torch.zeros_like(finite)
         cut = ranked.new_full((len(group.rows), ranked.shape[1]), torch.inf)
         sizes = group.present.sum(1)
-        for size in sizes.unique().tolist():
+        for size in sizes[sizes > 0].unique().tolist():
             pool = (sizes == size).nonzero().squeeze(1)
             tokens = group.rows[pool][group.present[pool]].view(len(pool), size)
             able = finite[tokens]
             scores = ranked[tokens].double().masked_fill(~able, -torch.inf)
-            chosen, prices, _ = best_pairs(scores, self._bounds(able, k))
-            chosen = chosen & able
-            mask[tokens.flatten()] = chosen.flatten(0, 1)
-            cut[pool] = _cut(scores, chosen, able, prices).to(cut.dtype)
+            bounds = self._bounds(able, k)
+            chosen, prices, _ = best_pairs(scores, bounds)
+            mask[tokens.flatten()] = (chosen & able).flatten(0, 1)
+            cut[pool] = _cut(scores, chosen, prices, bounds).to(cut.dtype)
         return mask, cut
 
     def _bounds(self, able: Bool[Tensor, "G S E"], k: float) -> Bounds:
@@ -150,10 +150,14 @@ class BoundedChoice(UnifiedScore):
         )
 
 
-def _cut(scores: Tensor, chosen: Tensor, able: Tensor, prices: Tensor) -> Float[Tensor, "G E"]:
-    """Where the selection fell for each expert: its price, above a level that is midway between the last chosen and the
-    first unchosen score net of prices."""
+def _cut(scores: Tensor, chosen: Tensor, prices: Tensor, bounds: Bounds) -> Float[Tensor, "G E"]:
+    """Where the selection fell for each expert: its price, above the level of the budget. That level is midway between
+    the lowest chosen and the highest unchosen score net of prices, of the tokens that their own bounds leave free."""
     net = scores - prices[:, None]
-    last = net.masked_fill(~chosen, torch.inf).flatten(1).amin(1)
-    first_out = net.masked_fill(chosen | ~able, -torch.inf).flatten(1).amax(1)
+    floors, caps = bounds.tokens
+    count = chosen.sum(2)
+    could_drop = chosen & (count > floors)[..., None]
+    could_take = ~chosen & (count < caps)[..., None] & (scores > -torch.inf)
+    last = net.masked_fill(~could_drop, torch.inf).flatten(1).amin(1)
+    first_out = net.masked_fill(~could_take, -torch.inf).flatten(1).amax(1)
     return midway(last, first_out.minimum(last))[:, None] + prices
