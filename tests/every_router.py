@@ -79,6 +79,7 @@ USMOES: list[Any] = [
     USMoE(k=1, pool="threshold", threshold=0.15, burst=2),
     USMoE(k=1.5, pool="threshold", threshold=0.2, burst=0.5, min_experts=1, normalize="chosen"),
     USMoE(k=1, pool="threshold", threshold=0.3, min_experts=1),
+    USMoE(pool="threshold", threshold=(0.2, 0.25, 0.15, 0.3, 0.22, 0.18)),
     USMoE(k=2, pool="token", burst=1, min_experts=1),
     USMoE(k=1, alpha=0.0),
     USMoE(k=0.5, alpha=1.0, expert_score="sigmoid"),

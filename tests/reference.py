@@ -193,7 +193,8 @@ def _usmoe(router: Any, flat: list[Row], there: list[bool], real: list, segments
     for pool in pools:
         mine = [(score, index) for score, index in able if index // experts in pool]
         if router.pool == "threshold":
-            chosen += [index for score, index in mine if value(score) >= router.threshold]
+            tau = router.threshold if isinstance(router.threshold, tuple) else [router.threshold] * experts
+            chosen += [index for score, index in mine if value(score) >= tau[index % experts]]
         elif router.pool == "prefix":
             chosen += _online(mine, pool, experts, experts_a_token(router, host))
         else:

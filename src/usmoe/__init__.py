@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from usmoe import lp, metrics
-from usmoe.layers import MoE, SoftMoE
+from usmoe.layers import MoE, SoftMoE, to_causal
 from usmoe.routing import ROUTERS, BoundedChoice, ExpertChoice, OwnChoice, TokenChoice, USMoE, parse_router, route
 from usmoe.types import Promises, RouterOutput, Routing
 
@@ -55,6 +55,7 @@ __all__ = [
     "record",
     "route",
     "supported",
+    "to_causal",
     "unpatch",
 ]
 

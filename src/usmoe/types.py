@@ -150,6 +150,12 @@ LOOK_AHEAD = Promises(causal=False, batch_independent=False, padding_independent
 """What is assumed of a router that does not say: nothing."""
 
 
+def is_causal(router: Any) -> bool:
+    """Whether a router can serve as it is: no token depends on a later one, nor on another sequence of the batch."""
+    promises = promises_of(router)
+    return promises.causal and promises.batch_independent
+
+
 def promises_of(router: Any) -> Promises:
     """The promises that a router carries; none at all for a callable that carries none."""
     promises = getattr(router, "promises", None)

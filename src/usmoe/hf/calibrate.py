@@ -20,6 +20,7 @@ from usmoe.routing.pools import pools
 from usmoe.routing.router import competing, experts_per_token
 from usmoe.routing.scores import EXPERT_CHOICE_SCORES
 from usmoe.routing.select import budget, capacity, per_expert
+from usmoe.routing.streaming import own_order
 from usmoe.types import RouterOutput
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -30,12 +31,15 @@ Batch = Tensor | Mapping[str, Tensor]
 def calibrate(model: PreTrainedModel, batches: Iterable[Batch], router: Any) -> list[Any]:
     """One threshold router a layer, at the budget of `router` on the text of `batches`; ready for `patch()`.
 
-    router   USMoE or ExpertChoice, whose k is the budget (None: the model's own; "0.75x" of it) and whose score ranks
-    batches  text of the kind that will be served, a few thousand tokens at least
+    router   USMoE or ExpertChoice, whose k is the budget (None: the model's own; "0.75x" of it) and whose score ranks;
+             whatever its pool, the result has pool="threshold", and keeps burst and min_experts
+    batches  text of the kind that will be served, from many sources: ten thousand tokens of one novel meet the budget
+             on the rest of it to 1 %, and on another author's to some 1 to 3 %
 
-    The threshold of a layer lies where, over all real tokens of all batches, exactly floor(k*S + 0.5) pairs reach it
-    (expert choice: the capacity of each expert). Since a layer's threshold moves the scores of the layers above, the
-    scores are taken twice: under the look-ahead pool, then under the thresholds so found.
+    The threshold of a layer lies where, over all real tokens of all batches, exactly floor(k*S + 0.5) pairs are chosen,
+    those that min_experts adds included (expert choice: the capacity of each expert). Since a layer's threshold moves
+    the scores of the layers above, the scores are taken twice: under the look-ahead pool, then under the thresholds so
+    found. A bucket (burst) only ever takes pairs away, and is left out of the account.
 
     Raises ValueError for a router that no threshold can stand for, and for batches without a real token.
     """
@@ -44,16 +48,14 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch], router: Any) -> 
     if isinstance(batches, Tensor | Mapping):
         raise TypeError("calibrate() was given one batch. Give a list of batches: [batch].")
     batches = list(batches)
-    seed = dataclasses.replace(router, pool="sequence", threshold=None)
     spare = (0.0,) if isinstance(router, ExpertChoice) else 0.0
-    dataclasses.replace(seed, pool="threshold", threshold=spare)  # refuses a score that needs a pool, before the work
+    served = dataclasses.replace(router, pool="threshold", threshold=spare)  # refuses a score that needs a pool
+    idle = {"burst": None, "min_experts": 0} if isinstance(router, USMoE) else {}
+    seed = dataclasses.replace(router, pool="sequence", threshold=None, **idle)
     routers: Any = seed
     for _ in range(2):
         layers, scores = _ranking_scores(model, batches, routers, seed)
-        routers = [
-            dataclasses.replace(seed, pool="threshold", threshold=_cut(seed, layer, scores[layer.name]))
-            for layer in layers
-        ]
+        routers = [dataclasses.replace(served, threshold=_cut(served, layer, scores[layer.name])) for layer in layers]
     return routers
 
 
@@ -114,5 +116,8 @@ def _cut(router: USMoE | ExpertChoice, layer: Layer, scores: Tensor) -> float | 
     if isinstance(router, ExpertChoice):
         _, cut = per_expert(scores[None], eligible[None], capacity(k, tokens, layer.num_experts))
         return tuple(cut[0].tolist())
-    _, cut = top(scores.view(1, -1), eligible.view(1, -1), budget(k, tokens))
+    floor = eligible & (own_order(scores, eligible)[1] < router.min_experts)
+    optional = eligible & ~floor
+    left = (budget(k, tokens) - floor.sum()).clamp(min=0)
+    _, cut = top(scores.view(1, -1), optional.view(1, -1), left)
     return cut.item()

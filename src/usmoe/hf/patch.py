@@ -23,10 +23,12 @@ from transformers import PreTrainedModel
 
 from usmoe.hf.experts import IMPLEMENTATION
 from usmoe.hf.layers import Layer, moe_layers
+from usmoe.layers.causal import FINDERS, Tracked
+from usmoe.layers.cut import MovingCut
 from usmoe.routing import OwnChoice
 from usmoe.routing.host import Host
 from usmoe.routing.router import Router, call, refuse_what_is_no_router
-from usmoe.types import RouterOutput, promises_of
+from usmoe.types import RouterOutput, is_causal, promises_of
 
 Listener = Callable[[str, RouterOutput], None]
 """Called with the name of a layer and what its router said."""
@@ -52,6 +54,8 @@ class Patch:
     listeners: list[Listener] = field(default_factory=list)
     grids: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(B, L) of each block's input."""
+    cuts: list[MovingCut] = field(default_factory=list)
+    """Of each layer: where its selections fell in training."""
 
 
 def patch(model: PreTrainedModel, router: Any) -> PreTrainedModel:
@@ -79,8 +83,17 @@ def patch(model: PreTrainedModel, router: Any) -> PreTrainedModel:
     return model
 
 
-def _install(model: PreTrainedModel, layers: list[Layer], routers: list[Any], token: object) -> None:
-    """Replace whatever patch there is; those who listen to the old one listen to the new one."""
+def _install(
+    model: PreTrainedModel,
+    layers: list[Layer],
+    routers: list[Any],
+    token: object,
+    cuts: list[MovingCut] | None = None,
+) -> None:
+    """Replace whatever patch there is; those who listen to the old one listen to the new one.
+
+    cuts: what a patch that is put back had tracked.
+    """
     old = patch_of(model)
     unpatch(model)
     state = Patch(
@@ -88,6 +101,7 @@ def _install(model: PreTrainedModel, layers: list[Layer], routers: list[Any], to
         routers=routers,
         token=token,
         listeners=[] if old is None else old.listeners,
+        cuts=cuts or [MovingCut() for _ in layers],
     )
     setattr(model, _ATTRIBUTE, state)
     for name, module in model.named_modules():
@@ -99,7 +113,7 @@ def _install(model: PreTrainedModel, layers: list[Layer], routers: list[Any], to
                 learn = partial(_learn_padding, state, signature, module is model)
                 state.handles.append(module.register_forward_pre_hook(learn, with_kwargs=True))
     state.handles.append(model.register_forward_hook(partial(_leave, state), always_call=True))
-    for layer, chosen in zip(layers, routers, strict=True):
+    for index, layer in enumerate(layers):
         assert layer.experts is not None
         # a configuration of their own for the experts: the model's may be shared with another model
         state.configs.append((layer.experts, layer.experts.config))
@@ -107,7 +121,7 @@ def _install(model: PreTrainedModel, layers: list[Layer], routers: list[Any], to
         layer.experts.config._experts_implementation_internal = IMPLEMENTATION  # pyright: ignore
         learn = partial(_learn_grid, state, layer.name)
         state.handles.append(layer.block.register_forward_pre_hook(learn, with_kwargs=True))
-        state.handles.append(layer.router.register_forward_hook(partial(_reroute, state, layer, chosen)))
+        state.handles.append(layer.router.register_forward_hook(partial(_reroute, state, index)))
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
@@ -138,7 +152,7 @@ def patched(model: PreTrainedModel, router: Any) -> Iterator[PreTrainedModel]:
             if before is None:
                 unpatch(model)
             else:
-                _install(model, before.layers, before.routers, before.token)
+                _install(model, before.layers, before.routers, before.token, before.cuts)
 
 
 def patch_of(model: nn.Module) -> Patch | None:
@@ -229,6 +243,7 @@ def _learn_padding(
         state.valid = None
     if outermost:
         state.running = True
+        _refuse_half_remembered(state, arguments.get("past_key_values"))
         _refuse_their_balance_loss(state, module, arguments | arguments.get("kwargs", {}))
 
 
@@ -241,6 +256,18 @@ def _refuse_unreadable(state: Patch, mask: Any) -> None:
             raise ValueError(
                 f"usmoe cannot tell from an attention mask {kind} which tokens are padding, and under {router} padding "
                 "would compete. Give attention_mask (sequences, tokens), 0 for padding."
+            )
+
+
+def _refuse_half_remembered(state: Patch, cache: Any) -> None:
+    """A router with memory must see a sequence from its first token on: the cache remembers keys and values alone."""
+    if cache is None or not hasattr(cache, "get_seq_length") or not cache.get_seq_length():
+        return
+    for router in state.routers:
+        if getattr(router, "remembers", False):
+            raise ValueError(
+                f"{router} remembers the tokens before, and a cache of keys and values does not hold what it needs to "
+                "go on. Run the whole sequence with use_cache=False, or use pool=threshold without burst."
             )
 
 
@@ -278,7 +305,8 @@ def _learn_grid(state: Patch, name: str, block: nn.Module, args: Any, kwargs: An
 
 
 @torch.compiler.disable  # the pairs are data: compiled code breaks its graph here
-def _reroute(state: Patch, layer: Layer, router: Any, module: nn.Module, args: Any, output: tuple) -> tuple:
+def _reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tuple) -> tuple:
+    layer, router = state.layers[index], state.routers[index]
     where = layer.outputs
     assert where is not None
     flat = output[where.logits]
@@ -291,6 +319,8 @@ def _reroute(state: Patch, layer: Layer, router: Any, module: nn.Module, args: A
             "usmoe cannot tell which of them are padding."
         )
     routing = call(router, logits, None if valid is None else valid.to(logits.device), host=layer.host)
+    if module.training and not is_causal(router):
+        state.cuts[index].update(routing.cut)
     said = RouterOutput(routing=routing, logits=logits)
     for listener in state.listeners:
         listener(layer.name, said)
@@ -298,3 +328,16 @@ def _reroute(state: Patch, layer: Layer, router: Any, module: nn.Module, args: A
     replaced[where.weights] = routing.weight
     replaced[where.indices] = routing.pair
     return tuple(replaced)
+
+
+def _tracked_layers(model: nn.Module) -> list[Tracked]:
+    """The layers of every patched model inside, for usmoe.to_causal."""
+    return [
+        Tracked(name=layer.name, router=router, cut=cut, become=partial(patch.routers.__setitem__, index))
+        for patch in map(patch_of, model.modules())
+        if patch is not None
+        for index, (layer, router, cut) in enumerate(zip(patch.layers, patch.routers, patch.cuts, strict=True))
+    ]
+
+
+FINDERS.append(_tracked_layers)

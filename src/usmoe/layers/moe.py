@@ -9,11 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from usmoe.experts.compute import ACTIVATIONS, experts_by_pairs, refuse_no_size, up_width
+from usmoe.layers.cut import MovingCut
 from usmoe.routing import OwnChoice, USMoE
 from usmoe.routing.gates import gate_of
 from usmoe.routing.route import check
 from usmoe.routing.router import Router, call, padding_counts, refuse_what_is_no_router
-from usmoe.types import RouterOutput
+from usmoe.types import RouterOutput, is_causal
 
 
 class MoE(nn.Module):
@@ -23,6 +24,9 @@ class MoE(nn.Module):
         y, out = moe(x)          # x (B, L, D) -> y (B, L, D); out.routing, out.logits
 
     A token without an expert gets 0 from the routed experts (a residual around the layer carries it on).
+
+    In training mode, `cut` follows where the router's selections fall (a moving average, in buffers), so that
+    `usmoe.to_causal` can serve what was trained with a pool that looks ahead.
     """
 
     def __init__(
@@ -57,9 +61,9 @@ class MoE(nn.Module):
             raise ValueError(f"shared_experts={shared_experts} is impossible. Give 0 or more.")
         width = up_width(activation, d_ff)
         router = USMoE(k=min(2, num_experts)) if router is None else router
-        _refuse_impossible(router, num_experts)
         self.num_experts = num_experts
-        self.router = router
+        self.reroute(router)
+        self.cut = MovingCut()
         self.activation = activation
         self.debug = debug
         self.gate = gate_of(gate, d_model, num_experts)
@@ -97,6 +101,8 @@ class MoE(nn.Module):
         compiling = torch.compiler.is_compiling()
         router: Any = torch.compiler.disable(self.router) if compiling else self.router
         routing = call(router, logits, valid, segments=segments, state=state)
+        if self.training and not is_causal(self.router):
+            self.cut.update(routing.cut)
         activation = ACTIVATIONS[self.activation]
         flat = x.flatten(0, 1)
         y = experts_by_pairs(flat, routing, self.up, self.down, activation, self.up_bias, self.down_bias)
@@ -104,6 +110,11 @@ class MoE(nn.Module):
         if self.shared_up is not None and self.shared_down is not None:
             y = y + self.shared_down(activation(self.shared_up(x)))
         return y, RouterOutput(routing=routing, logits=logits)
+
+    def reroute(self, router: Any) -> None:
+        """Route by another router from now on. Raises ValueError for one that cannot work with so many experts."""
+        _refuse_impossible(router, self.num_experts)
+        self.router = router
 
     def extra_repr(self) -> str:
         experts, d_model, d_ff = self.down.shape

@@ -12,7 +12,7 @@ from usmoe.lp.greedy import within
 from usmoe.lp.prices import expert_prices
 
 _TRACE = 1e-10
-"""Of the range of the scores: what two selections may differ by and count as equal."""
+"""Of the size of the scores: what two selections may differ by, a pair, and count as equal."""
 
 
 @torch.no_grad()
@@ -104,9 +104,9 @@ def _with_finite(scores: Tensor) -> Tensor:
 
 
 def _tilted(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores, a trace less the higher the flat index, and how much less the last one of each pool is. The trace grows
-    as a root does: among equal optima the low indices of one outweigh the middle ones of another."""
+    """The scores, a trace less the higher the flat index, and how much less the last one of each pool is. The trace
+    grows as a root does: among equal optima the low indices of one outweigh the middle ones of another."""
     size = max(scores[0].numel(), 1)
     index = torch.arange(size, dtype=scores.dtype, device=scores.device).view(scores.shape[1:])
-    most = _TRACE * (scores.amax((1, 2)) - scores.amin((1, 2)))
+    most = _TRACE * scores.abs().amax((1, 2)).maximum(scores.amax((1, 2)) - scores.amin((1, 2)))
     return scores - (index / size).sqrt() * most[:, None, None], most

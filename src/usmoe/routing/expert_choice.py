@@ -14,7 +14,7 @@ from usmoe.routing.pools import pools
 from usmoe.routing.router import Experts, Router, Segments, competing, experts_per_token, refuse_state
 from usmoe.routing.scores import EXPERT_CHOICE_SCORES
 from usmoe.routing.select import capacity, per_expert
-from usmoe.routing.threshold import check_threshold, thresholds
+from usmoe.routing.threshold import as_values, check_threshold, thresholds
 from usmoe.types import Promises, Routing
 
 
@@ -41,17 +41,16 @@ class ExpertChoice(Router):
     """E values for pool="threshold": an expert takes every token whose score reaches its own."""
 
     def __post_init__(self) -> None:
-        given: Any = self.threshold
-        if isinstance(given, list | Tensor):
-            listed = given.tolist() if isinstance(given, Tensor) else given
-            object.__setattr__(self, "threshold", tuple(listed))
+        object.__setattr__(self, "threshold", as_values(self.threshold))
         self._check()
         if self.pool == "threshold" and self.score == "softmax_tokens":
             raise ValueError(
                 "score=softmax_tokens needs a pool of tokens, and pool=threshold has none. "
                 "Choose score=sigmoid or softmax_experts, or pool=sequence."
             )
-        check_threshold(self.threshold, self.pool, one_an_expert=True)
+        check_threshold(self.threshold, self.pool)
+        if self.threshold is not None and not isinstance(self.threshold, tuple):
+            raise ValueError(f"threshold={self.threshold!r} is one for all. Give a tuple of numbers, one an expert.")
 
     @property
     def promises(self) -> Promises:
@@ -81,10 +80,6 @@ class ExpertChoice(Router):
         eligible = (flat > -torch.inf) & competes.reshape(-1, 1)
         if self.pool == "threshold":
             cut = thresholds(self.threshold, self, scores)
-            if len(cut) != experts:
-                raise ValueError(
-                    f"{self.name} was given {len(cut)} thresholds for {experts} experts. Give one for each expert."
-                )
             mask = (scores >= cut) & eligible
         else:
             k = experts_per_token(self.k, host, experts)

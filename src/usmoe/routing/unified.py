@@ -17,7 +17,7 @@ from usmoe.routing.prefix import cut_of, merged, prefix
 from usmoe.routing.router import Segments, competing, experts_per_token, is_number, refuse_state
 from usmoe.routing.select import budget, whole
 from usmoe.routing.streaming import Runs, Stream, check_state, own_order, runs, spend
-from usmoe.routing.threshold import check_threshold, thresholds
+from usmoe.routing.threshold import as_values, check_threshold, thresholds
 from usmoe.routing.unified_score import UnifiedScore
 from usmoe.types import Promises, Routing
 
@@ -44,8 +44,8 @@ class USMoE(UnifiedScore):
     """Who competes: the tokens of a sequence, of the batch, at one position of all sequences, a token with itself
     alone (k whole), or nobody: threshold takes every pair whose score reaches a given value. prefix: each token with
     those before it; it takes those of its pairs that are among the floor(k*t + 0.5) best of tokens 1 to t."""
-    threshold: float | None = None
-    """The value for pool="threshold"."""
+    threshold: float | tuple[float, ...] | None = None
+    """The value for pool="threshold": one for all pairs, or E of them, one an expert."""
     burst: float | None = None
     """Of the causal pools (token, threshold, prefix): a token bucket, pairs. After t real tokens of a segment at most
     k*t + burst pairs are used; where it is short, a token loses its lowest scores first. None: no bucket."""
@@ -55,6 +55,7 @@ class USMoE(UnifiedScore):
     """False: padding competes and adds to the budget, as in the released code."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", as_values(self.threshold))
         self._check()
         if not isinstance(self.mask_padding, bool):
             raise ValueError(f"mask_padding={self.mask_padding!r} is neither True nor False. Choose one of them.")
@@ -102,6 +103,11 @@ class USMoE(UnifiedScore):
             budget=self._budget(),
         )
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the router has a state to hand on from chunk to chunk."""
+        return self.pool == "prefix" or self.burst is not None
+
     def _budget(self) -> Literal["exact", "expected", "capped", "none"]:
         if self.pool not in ("threshold", "prefix"):
             return "exact"
@@ -127,7 +133,7 @@ class USMoE(UnifiedScore):
         group = pools("token" if self.pool in _CAUSAL else self.pool, batch, length, competes, segments)
         scores, ranked = self.unified_scores(flat, group, host)
         eligible = (flat > -torch.inf) & competes.reshape(-1, 1)
-        if self.pool == "prefix" or self.burst is not None:
+        if self.remembers:
             check_state(state, self, batch, self.pool == "prefix")
             if state is None:
                 state = Stream.begin(batch, ranked.device, ranked.dtype if self.pool == "prefix" else None)
@@ -143,7 +149,7 @@ class USMoE(UnifiedScore):
     def _choose(self, ranked: Tensor, eligible: Tensor, group: Pools, host: Host) -> tuple[Tensor, Tensor]:
         """Mask (T, E) and cut of the pools that need no memory."""
         if self.pool == "threshold":
-            cut = thresholds(self.threshold, self, ranked).reshape(1)
+            cut = thresholds(self.threshold, self, ranked)
             mask = (ranked >= cut) & eligible
         else:
             k = experts_per_token(self.k, host, ranked.shape[-1])

@@ -1,0 +1,93 @@
+"""`to_causal`: from the router that a model was trained with to the thresholds that serve it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from usmoe.layers.cut import MovingCut
+from usmoe.layers.moe import MoE
+from usmoe.routing import BoundedChoice, ExpertChoice, USMoE
+from usmoe.routing.router import Router
+from usmoe.routing.unified_score import UnifiedScore
+from usmoe.types import is_causal
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracked:
+    """A layer whose router can be replaced by another one."""
+
+    name: str
+    router: Any
+    cut: MovingCut
+    become: Callable[[Router], None]
+
+
+FINDERS: list[Callable[[nn.Module], list[Tracked]]] = []
+"""What finds the tracked layers of a model; usmoe.hf adds the layers of patched models."""
+
+
+def to_causal(model: Model) -> Model:
+    """The same model with threshold routers in place of those that look ahead or across the batch; in place.
+
+    Each threshold is the moving average of the cut that the layer tracked in training (`routing.cut`): an estimate of
+    the value that spends the same budget. Routers that are causal already, thresholds and prefix among them, stay.
+    USMoE keeps its score, and becomes causal with one threshold; ExpertChoice with one an expert; BoundedChoice becomes
+    USMoE with one threshold an expert and its floor as min_experts (caps are then kept on average only).
+
+    The model holds `usmoe.MoE` layers, or is patched (`usmoe.patch`) with a transformers model inside.
+
+    Raises ValueError, and changes nothing, where there is no layer, where a layer has tracked no cut yet, and for a
+    router that no threshold can stand for.
+    """
+    layers = [layer for find in FINDERS for layer in find(model)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layer with a router of usmoe: neither a usmoe.MoE, nor a patch. "
+            "Patch it first: usmoe.patch(model, router)."
+        )
+    made = [(layer, _served(layer)) for layer in layers]
+    for layer, router in made:
+        layer.become(router)
+    return model
+
+
+def _served(layer: Tracked) -> Any:
+    """The causal router that stands for a layer's own."""
+    router = layer.router
+    if is_causal(router):
+        return router
+    if not isinstance(router, USMoE | ExpertChoice | BoundedChoice):
+        raise ValueError(
+            f"{layer.name or 'The layer'} routes by {router}, which usmoe cannot turn into a threshold. Give it a "
+            "causal router of your own."
+        )
+    if not layer.cut.seen:
+        raise ValueError(
+            f"{layer.name or 'The layer'} has tracked no cut of {router} yet. Run some batches in training mode first "
+            "(model.train()), or find thresholds on text with usmoe.calibrate()."
+        )
+    threshold = layer.cut.average.tolist()
+    threshold = tuple(threshold) if isinstance(threshold, list) else threshold
+    if isinstance(router, BoundedChoice):
+        score = {field.name: getattr(router, field.name) for field in dataclasses.fields(UnifiedScore)}
+        floor = 0 if router.per_token is None else int(router.per_token[0])
+        return USMoE(**score, pool="threshold", threshold=threshold, min_experts=floor)
+    return dataclasses.replace(router, pool="threshold", threshold=threshold)
+
+
+def _moe_layers(model: nn.Module) -> list[Tracked]:
+    return [
+        Tracked(name=name, router=layer.router, cut=layer.cut, become=layer.reroute)
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoE)
+    ]
+
+
+FINDERS.append(_moe_layers)

@@ -1,0 +1,75 @@
+"""The moving average of the cut: where selections fell in training, remembered for serving."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+_DECAY = 0.99
+"""Weight of the past at each batch: the average looks back over some hundred batches."""
+
+
+class MovingCut(nn.Module):
+    """An exponential moving average of `routing.cut` over training batches, in two buffers.
+
+    It is an estimate of the threshold that would have spent the same budget, as batch normalisation's averages are of a
+    mean: `usmoe.to_causal` makes thresholds of it. Each batch counts with the mean of its finite cuts; a batch without
+    one does not count. The buffers stay in float64 whatever dtype the model is moved to, since a threshold needs more
+    bits than bfloat16 has. In distributed training every process follows its own batches.
+    """
+
+    total: Tensor
+    """Decayed sum of the batches' cuts: one number, or one an expert (E,)."""
+    weight: Tensor
+    """Decayed number of batches, of the same shape."""
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self._forget(shape, None)
+
+    def _forget(self, shape: tuple[int, ...], device: torch.device | None) -> None:
+        for name in ("total", "weight"):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64, device=device))
+
+    @property
+    def seen(self) -> bool:
+        """Whether there is an average."""
+        return bool((self.weight > 0).all())
+
+    @property
+    def average(self) -> Float[Tensor, "..."]:
+        """The average cut; NaN before the first batch."""
+        return self.total / self.weight
+
+    @torch.no_grad()
+    def update(self, cut: Float[Tensor, "G ..."] | None) -> None:
+        """Count a batch of G pools. A cut of another shape than before (another kind of router) begins anew."""
+        if cut is None:
+            return
+        if cut.shape[1:] != self.total.shape:
+            self._forget(tuple(cut.shape[1:]), cut.device)
+        finite = cut.isfinite()
+        pools = finite.sum(0)
+        mean = cut.double().where(finite, 0.0).sum(0) / pools.clamp(min=1)
+        for buffer, new in ((self.total, mean), (self.weight, torch.ones_like(mean))):
+            buffer.copy_(torch.where(pools > 0, _DECAY * buffer + (1 - _DECAY) * new, buffer))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Take the shape of what is loaded: the router that was trained may be of another kind than the one here."""
+        loaded = state_dict.get(f"{prefix}total")
+        if loaded is not None and loaded.shape != self.total.shape:
+            self._forget(tuple(loaded.shape), self.total.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MovingCut:
+        """Follow the module to a device, but keep the dtype."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
