@@ -34,7 +34,8 @@ class Exchange:
         experts: tuple[Counts, Counts],
         budget: int | None,
     ) -> None:
-        """scores (S, E), finite; mask (S, E), the best pairs at the prices (E) within the bounds of the tokens."""
+        """scores (S, E) and prices (E) are whole numbers (as floats), so that sums of them are exact; mask (S, E) holds
+        the best pairs at the prices within the bounds of the tokens."""
         self.scores, self.mask = scores, mask.copy()
         self.tokens, self.experts, self.budget = tokens, experts, budget
         self.count = self.mask.sum(1)
@@ -52,9 +53,6 @@ class Exchange:
             self._look_from(expert)
         self._look_at_parked(np.arange(size))
         self._look_outside()
-        most = float(np.abs(scores).max(initial=0))
-        self.grain = 8 * len(self.surplus) * np.finfo(np.float64).eps * most + np.finfo(np.float64).tiny
-        """What the sums of a chain are rounded by: a chain that saves less is not shorter."""
 
     def run(self) -> NDArray[np.bool_]:
         """The mask of an optimum."""
@@ -67,7 +65,7 @@ class Exchange:
         distance = np.zeros(len(self.surplus))
         for _ in distance:
             shorter = (distance[:, None] + self.cost).min(0)
-            if not (shorter < distance - self.grain).any():
+            if not (shorter < distance).any():
                 break
             distance = np.minimum(distance, shorter)
         return distance[self.outside] - distance[: self.parked]
@@ -80,12 +78,15 @@ class Exchange:
             through = distance[:, None] + self.cost
             best = through.argmin(0)
             reached = through[best, np.arange(len(best))]
-            shorter = reached < distance - self.grain
+            shorter = reached < distance
             if not shorter.any():
                 break
             distance = np.where(shorter, reached, distance)
             before = np.where(shorter, best, before)
-        node = int(np.where(self.surplus < 0, distance, np.inf).argmin())
+        ends = np.where(self.surplus < 0, distance, np.inf)
+        node = int(ends.argmin())
+        if ends[node] == np.inf:
+            raise RuntimeError("No chain of exchanges is left, though the bounds can be met: a fault of usmoe.lp.")
         chain = [node]
         while before[node] >= 0:
             node = int(before[node])
@@ -169,4 +170,4 @@ class Exchange:
         self.cost[self.outside, : self.parked] = np.where(self.wanted > low, 0.0, np.inf)
         if self.budget is None:
             self.cost[self.outside, self.parked] = 0.0
-            self.cost[self.parked, self.outside] = 0.0 if self.wanted.sum() > 0 else np.inf
+            self.cost[self.parked, self.outside] = 0.0

@@ -16,43 +16,39 @@ _TRACE = 1e-10
 
 
 @torch.no_grad()
-def best_pairs(
-    scores: Float[Tensor, "G S E"], bounds: Bounds
-) -> tuple[Bool[Tensor, "G S E"], Float[Tensor, "G E"], Float[Tensor, " G"]]:
-    """The best pairs of G pools, the prices of the experts (0: no bound of theirs matters) and an upper bound of the
-    value of each. Scores in float64; -inf is chosen only where the bounds leave nothing else, and is worth 0 then.
+def best_pairs(scores: Float[Tensor, "G S E"], bounds: Bounds) -> tuple[Bool[Tensor, "G S E"], Float[Tensor, " G"]]:
+    """The best pairs of G pools, and an upper bound of the value of each. Scores in float64; -inf is chosen only where
+    the bounds leave nothing else, and is worth 0 then.
 
     Without bounds on the experts, or without bounds on the tokens, a greedy selection is optimal (see usmoe.lp.greedy),
     and so it is where a greedy selection for one side happens to keep the bounds of the other. Else prices of the
     experts (usmoe.lp.prices) make the tokens spread, and exchanges (usmoe.lp.exchange) settle what they leave.
     """
-    prices = scores.new_zeros(len(scores), scores.shape[2])
     if not bounds.bind_experts():
         mask = within(scores, *bounds.tokens, bounds.budget, -1)
-        return mask, prices, _worth(scores, mask)
+        return mask, worth(scores, mask)
     if not bounds.bind_tokens():
         mask = within(scores, *bounds.experts, bounds.budget, -2)
-        return mask, prices, _worth(scores, mask)
+        return mask, worth(scores, mask)
     mask = within(scores, *bounds.tokens, bounds.budget, -1)
-    upper = _worth(scores, mask)
+    upper = worth(scores, mask)
     crowded = ~_keeps(mask.sum(1), bounds.experts)
     if crowded.any():
         rows = crowded.nonzero().squeeze(1)
-        mask[rows], prices[rows], upper[rows] = _priced(scores[rows], bounds.of(rows))
-    return mask, prices, upper
+        mask[rows], upper[rows] = _priced(scores[rows], bounds.of(rows))
+    return mask, upper
 
 
-def _priced(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+def _priced(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """The same for pools in which both sides matter."""
-    prices = expert_prices(scores, bounds)
-    scores, most = _tilted(_with_finite(scores))
-    mask, upper = _at(prices, scores, bounds)
+    whole, unit = _in_whole_numbers(scores, bounds.budget is None)
+    prices = (expert_prices(scores, bounds) / unit[:, None]).round()
+    mask, _ = _at(prices, whole, bounds)
     rows = (~_settled(mask.sum(1), prices, bounds)).nonzero().flatten()
     for row in rows.tolist():
-        mask[row], prices[row] = _exchanged(scores[row], mask[row], prices[row], bounds.of(rows.new_tensor([row])))
-    if len(rows):
-        upper[rows] = _at(prices[rows], scores[rows], bounds.of(rows))[1].minimum(upper[rows])
-    return mask, prices, (upper + mask.sum((1, 2)) * most).maximum(_worth(scores, mask))
+        mask[row], prices[row] = _exchanged(whole[row], mask[row], prices[row], bounds.of(rows.new_tensor([row])))
+    _, upper = _at(prices * unit[:, None], scores, bounds)
+    return mask, upper.maximum(worth(scores, mask))
 
 
 def _at(prices: Tensor, scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
@@ -61,7 +57,7 @@ def _at(prices: Tensor, scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]
     reduced = scores - prices[:, None]
     mask = within(reduced, *bounds.tokens, bounds.budget, -1)
     floors, caps = bounds.experts
-    return mask, _worth(reduced, mask) + (prices.clamp(min=0) * caps + prices.clamp(max=0) * floors).sum(1)
+    return mask, worth(reduced, mask) + (prices.clamp(min=0) * caps + prices.clamp(max=0) * floors).sum(1)
 
 
 def _exchanged(scores: Tensor, mask: Tensor, prices: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
@@ -88,25 +84,31 @@ def _keeps(count: Tensor, sides: tuple[Tensor, Tensor]) -> Tensor:
     return ((count >= sides[0]) & (count <= sides[1])).all(1)
 
 
-def _worth(scores: Tensor, mask: Tensor) -> Tensor:
+def worth(scores: Float[Tensor, "G S E"], mask: Bool[Tensor, "G S E"]) -> Float[Tensor, " G"]:
+    """Sum of the chosen scores, -inf left out."""
     return torch.where(mask & (scores > -torch.inf), scores, 0.0).sum((1, 2))
 
 
-def _with_finite(scores: Tensor) -> Tensor:
-    """-inf becomes so low that no chain of exchanges (of 2*(E+1) pairs at most) would pay for one."""
+def _in_whole_numbers(scores: Tensor, as_they_are: bool) -> tuple[Tensor, Tensor]:
+    """The scores as multiples of a unit for each pool, whole numbers below 2^43: no sum of them is rounded, so that
+    exchanges that are equal compare as equal.
+
+    Where the number of pairs is given only differences matter, and the middle becomes 0; else (as_they_are) 0 stays 0.
+    -inf becomes so low that no chain of exchanges, of 2*(E+2) pairs at most, would pay for one. And each score is a
+    trace less the higher its flat index: of equal optima one of low indices wins. The trace grows as a root does, so
+    that low indices outweigh middle ones.
+    """
     never = scores == -torch.inf
-    if not never.any():
-        return scores
-    low = scores.masked_fill(never, torch.inf).amin((1, 2), keepdim=True)
-    high = scores.amax((1, 2), keepdim=True)
+    low = scores.masked_fill(never, torch.inf).amin((1, 2))
+    high = scores.amax((1, 2))
     low, high = low.where(low < torch.inf, 0.0), high.where(high > -torch.inf, 0.0)
-    return scores.where(~never, low - 2 * (scores.shape[2] + 2) * (high - low).clamp(min=1e-6))
-
-
-def _tilted(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores, a trace less the higher the flat index, and how much less the last one of each pool is. The trace
-    grows as a root does: among equal optima the low indices of one outweigh the middle ones of another."""
+    middle = torch.zeros_like(low) if as_they_are else (low + high) / 2
+    most = (high - middle).maximum(middle - low)
+    most = torch.where(most > 0, most, 1.0)
+    depth = 4.0 * (scores.shape[2] + 2) if never.any() else 1.0
+    unit = torch.exp2((most * depth).log2().ceil() - 42)
     size = max(scores[0].numel(), 1)
     index = torch.arange(size, dtype=scores.dtype, device=scores.device).view(scores.shape[1:])
-    most = _TRACE * scores.abs().amax((1, 2)).maximum(scores.amax((1, 2)) - scores.amin((1, 2)))
-    return scores - (index / size).sqrt() * most[:, None, None], most
+    each = most[:, None, None]
+    settled = (scores - middle[:, None, None]).where(~never, -depth * each) - _TRACE * each * (index / size).sqrt()
+    return (settled / unit[:, None, None]).round(), unit

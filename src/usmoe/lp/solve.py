@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from usmoe.lp.bounds import Bounds
-from usmoe.lp.optimum import best_pairs
+from usmoe.lp.optimum import best_pairs, worth
 
 Bound = int | Tensor | None
 Pair = tuple[Bound, Bound] | None
@@ -61,15 +61,31 @@ def solve(
     if conflict:
         raise ValueError(f"The bounds cannot be met: {conflict}. Widen a bound or change the budget.")
     wide = scores.detach().double()
-    mask, _, upper = best_pairs(wide[None], bounds)
+    mask, upper = best_pairs(wide[None], bounds)
     never = mask[0] & (wide == -torch.inf)
     if never.any():
-        raise ValueError(
-            f"The bounds cannot be met: they ask for {int(mask.sum())} pairs, and {int(never.sum())} of these would "
-            f"score -inf; {int((wide > -torch.inf).sum())} pairs are finite. Widen a bound or change the budget."
-        )
-    value = wide[mask[0]].sum().item()
-    return Solution(mask=mask[0], value=value, upper_bound=max(value, upper.item()))
+        raise ValueError(f"The bounds cannot be met: {_lacking(wide, bounds, mask[0])}.")
+    return Solution(mask=mask[0], value=worth(wide[None], mask).item(), upper_bound=upper.item())
+
+
+def _lacking(scores: Tensor, bounds: Bounds, mask: Tensor) -> str:
+    """Where scores of -inf leave too few pairs, in words."""
+    finite = scores > -torch.inf
+    for kind, (floors, _), count in (
+        ("token", bounds.tokens, finite.sum(1)),
+        ("expert", bounds.experts, finite.sum(0)),
+    ):
+        short = (count < floors[0]).nonzero().flatten()
+        if len(short):
+            row = int(short[0])
+            return (
+                f"{kind} {row} has {int(count[row])} finite scores and a floor of {int(floors[0, row])}. Lower the "
+                "floor, or let more pairs be chosen"
+            )
+    return (
+        f"they need {int(mask.sum())} pairs, of which {int((mask & ~finite).sum())} would score -inf; "
+        f"{int(finite.sum())} pairs are finite. Widen a bound, change the budget, or let more pairs be chosen"
+    )
 
 
 def _check_scores(scores: Any) -> None:

@@ -115,7 +115,7 @@ class BoundedChoice(UnifiedScore):
         return Routing.from_dense(weights, mask, cut=cut, valid=valid, sequences=batch)
 
     def _select(self, ranked: Tensor, finite: Tensor, group: Pools, k: float) -> tuple[Tensor, Tensor]:
-        """Mask (T, E), and the cut of each pool and expert: (G, E). Pools of one size are solved together."""
+        """Mask (T, E), and the cut of each pool and expert (G, E). Pools of one size are solved together."""
         mask = torch.zeros_like(finite)
         cut = ranked.new_full((len(group.rows), ranked.shape[1]), torch.inf)
         sizes = group.present.sum(1)
@@ -125,9 +125,9 @@ class BoundedChoice(UnifiedScore):
             able = finite[tokens]
             scores = ranked[tokens].double().masked_fill(~able, -torch.inf)
             bounds = self._bounds(able, k)
-            chosen, prices, _ = best_pairs(scores, bounds)
+            chosen, _ = best_pairs(scores, bounds)
             mask[tokens.flatten()] = (chosen & able).flatten(0, 1)
-            cut[pool] = _cut(scores, chosen, prices, bounds).to(cut.dtype)
+            cut[pool] = _cut(scores, chosen, bounds).to(cut.dtype)
         return mask, cut
 
     def _bounds(self, able: Bool[Tensor, "G S E"], k: float) -> Bounds:
@@ -150,14 +150,17 @@ class BoundedChoice(UnifiedScore):
         )
 
 
-def _cut(scores: Tensor, chosen: Tensor, prices: Tensor, bounds: Bounds) -> Float[Tensor, "G E"]:
-    """Where the selection fell for each expert: its price, above the level of the budget. That level is midway between
-    the lowest chosen and the highest unchosen score net of prices, of the tokens that their own bounds leave free."""
-    net = scores - prices[:, None]
-    floors, caps = bounds.tokens
-    count = chosen.sum(2)
+def _cut(scores: Tensor, chosen: Tensor, bounds: Bounds) -> Float[Tensor, "G E"]:
+    """Where the selection fell for each expert, midway between the lowest chosen and the highest unchosen score of the
+    tokens that their own bounds leave free: in the expert's own column where its floor or cap holds it, and else in all
+    other columns together."""
+    (floors, caps), (least, most) = bounds.tokens, bounds.experts
+    count, load = chosen.sum(2), chosen.sum(1)
     could_drop = chosen & (count > floors)[..., None]
     could_take = ~chosen & (count < caps)[..., None] & (scores > -torch.inf)
-    last = net.masked_fill(~could_drop, torch.inf).flatten(1).amin(1)
-    first_out = net.masked_fill(~could_take, -torch.inf).flatten(1).amax(1)
-    return midway(last, first_out.minimum(last))[:, None] + prices
+    last = scores.masked_fill(~could_drop, torch.inf).amin(1)
+    first_out = scores.masked_fill(~could_take, -torch.inf).amax(1)
+    held = ((load == most) & (most < scores.shape[1])) | ((load == least) & (least > 0))
+    together = last.masked_fill(held, torch.inf).amin(1), first_out.masked_fill(held, -torch.inf).amax(1)
+    own, level = (midway(low, high.minimum(low)) for low, high in ((last, first_out), together))
+    return torch.where(held & own.isfinite(), own, level[:, None])
