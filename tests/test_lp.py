@@ -173,8 +173,8 @@ INFEASIBLE: list[tuple[Tensor, dict[str, Any], list[int]]] = [  # T=3, E=4; the 
     # e0 and e1 want 6 pairs, but t0 may take one of them: 1 + 2 + 2
     (S[:3], {"per_token": (0, torch.tensor([1, 3, 3])), "per_expert": (torch.tensor([3, 3, 0]), None)}, [6, 5]),
     (MISSING, {"budget": 9}, [9, 8]),
-    (MISSING, {"per_token": (1, None)}, [1]),
-    (MISSING, {"per_expert": (3, None)}, [12, 8]),
+    (MISSING, {"per_token": (1, None)}, [1, 0]),
+    (MISSING, {"per_expert": (3, None)}, [3, 2]),
     (MISSING, {"budget": 3, "per_token": (0, 1)}, [3, 1]),
     (MISSING, {"budget": 7, "per_token": (0, 3), "per_expert": (0, 2)}, [7, 1]),
 ]
