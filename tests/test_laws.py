@@ -6,7 +6,6 @@ positive control, without which a law that cannot fail would look like one that 
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor
 
 import reference
 import usmoe
@@ -36,6 +34,15 @@ from every_router import (
     whole,
 )
 from usmoe import USMoE
+from violations import (
+    GARBAGE,
+    before_and_after_a_change,
+    beside_others,
+    beside_padding,
+    in_chunks,
+    search,
+    with_padding,
+)
 
 every = pytest.mark.parametrize("router", ALL_ROUTERS, ids=str)
 
@@ -43,16 +50,6 @@ every = pytest.mark.parametrize("router", ALL_ROUTERS, ids=str)
 def every_one(holds: Any) -> pytest.MarkDecorator:
     """Every router whose promises are such."""
     return pytest.mark.parametrize("router", those(holds), ids=str)
-
-
-def search(changes: Any, tries: int = 60) -> bool:
-    """Whether a change moves what it must not move, for some seeded batch (B=2, L=6, E=4)."""
-    for seed in range(tries):
-        random = torch.Generator().manual_seed(seed)
-        logits = torch.randn(2, 6, 4, generator=random, dtype=torch.float64) * 2
-        if changes(Batch(logits, None, random)):
-            return True
-    return False
 
 
 @every
@@ -156,25 +153,18 @@ def test_follows_a_permutation_of_the_tokens_of_a_pool(router: Any, batch: Batch
     assert_same(whole(router, shuffled), (mask[order].view_as(logits), weight[order].view_as(logits)))
 
 
-def _beside_others(router: Any, batch: Batch) -> tuple[Any, Any]:
-    together = whole(router, batch.logits, batch.valid)
-    valid = [None] * len(batch.logits) if batch.valid is None else list(batch.valid.split(1))
-    alone = [whole(router, x, v) for x, v in zip(batch.logits.split(1), valid, strict=True)]
-    return together, tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
-
-
 @every_one(lambda promises: promises.batch_independent)
 @given(batch=batches())
 @laws
 def test_other_sequences_do_not_matter_if_promised(router: Any, batch: Batch):
     router = fit(router, batch.logits.shape[-1])
-    assert_same(*_beside_others(router, batch))
+    assert_same(*beside_others(router, batch))
 
 
 @every_one(lambda promises: not promises.batch_independent)
 def test_other_sequences_matter_if_not_promised(router: Any):
     router = fit(router, 4)
-    assert search(lambda batch: differ(*_beside_others(router, batch)))
+    assert search(lambda batch: differ(*beside_others(router, batch)))
 
 
 @every
@@ -192,40 +182,19 @@ def test_packed_segments_are_routed_as_each_alone(router: Any, batch: Batch):
             assert_same(alone, (mask[b, own][None], weight[b, own][None]))
 
 
-def _with_padding(batch: Batch, garbage: list[float]) -> tuple[Tensor, Tensor]:
-    """The same sequences with three tokens of padding each, left, right or both, and garbage in it."""
-    b, length, experts = batch.logits.shape
-    picks = torch.randint(len(garbage), (b, length + 3, experts), generator=batch.random)
-    padded, valid = torch.tensor(garbage, dtype=torch.float64)[picks], torch.zeros(b, length + 3, dtype=torch.bool)
-    for i in range(b):
-        left = batch.below(4)
-        padded[i, left : left + length] = batch.logits[i]
-        valid[i, left : left + length] = True
-    return padded, valid
-
-
-GARBAGE = [1e30, -1e30, math.inf, -math.inf, math.nan]
-
-
-def _beside_padding(router: Any, batch: Batch, garbage: list[float]) -> tuple[Any, Any]:
-    padded, valid = _with_padding(batch, garbage)
-    mask, weight = whole(router, padded, valid)
-    return whole(router, batch.logits), (mask[valid].view_as(batch.logits), weight[valid].view_as(batch.logits))
-
-
 @every_one(lambda promises: promises.padding_independent)
 @given(batch=batches(padded=False))
 @laws
 def test_padding_does_not_matter_if_promised(router: Any, batch: Batch):
     router = fit(router, batch.logits.shape[-1])
     masked = getattr(router, "mask_padding", True)  # where padding competes, NaN and +inf in it are refused
-    assert_same(*_beside_padding(router, batch, GARBAGE if masked else [1e30, -1e30, -math.inf]))
+    assert_same(*beside_padding(router, batch, GARBAGE if masked else [1e30, -1e30, -math.inf]))
 
 
 @every_one(lambda promises: not promises.padding_independent)
 def test_padding_matters_if_not_promised(router: Any):
     router = fit(router, 4)
-    assert search(lambda batch: differ(*_beside_padding(router, batch, [0.0, 3.0])))
+    assert search(lambda batch: differ(*beside_padding(router, batch, [0.0, 3.0])))
 
 
 @every
@@ -234,18 +203,10 @@ def test_padding_matters_if_not_promised(router: Any):
 def test_masked_padding_takes_no_pair_and_its_content_never_matters(router: Any, batch: Batch):
     router = fit(router, batch.logits.shape[-1])
     if getattr(router, "mask_padding", True):
-        padded, valid = _with_padding(batch, GARBAGE)
+        padded, valid = with_padding(batch, GARBAGE)
         routing = usmoe.route(padded, router, valid=valid)
         assert not routing.mask()[~valid.flatten()].any()
         assert_same(grids(routing, padded), whole(router, padded.where(valid[..., None], 1.0), valid))
-
-
-def _before_and_after_a_change(router: Any, batch: Batch, t: int) -> tuple[Any, Any]:
-    """Mask and weights of the tokens before t, and the same after all tokens from t on have changed."""
-    changed = batch.logits.clone()
-    changed[:, t:] = batch.normal(*changed[:, t:].shape)
-    before, after = whole(router, batch.logits), whole(router, changed)
-    return (before[0][:, :t], before[1][:, :t]), (after[0][:, :t], after[1][:, :t])
 
 
 @every_one(lambda promises: promises.causal)
@@ -254,7 +215,7 @@ def _before_and_after_a_change(router: Any, batch: Batch, t: int) -> tuple[Any, 
 def test_later_tokens_do_not_matter_to_a_causal_router(router: Any, batch: Batch):
     router = fit(router, batch.logits.shape[-1])
     t = batch.below(batch.logits.shape[1]) + 1
-    assert_same(*_before_and_after_a_change(router, batch, t))
+    assert_same(*before_and_after_a_change(router, batch, t))
     mask, weight = whole(router, batch.logits)
     assert_same(whole(router, batch.logits[:, :t]), (mask[:, :t], weight[:, :t]))
 
@@ -262,7 +223,7 @@ def test_later_tokens_do_not_matter_to_a_causal_router(router: Any, batch: Batch
 @every_one(lambda promises: not promises.causal)
 def test_later_tokens_matter_to_a_router_that_is_not_causal(router: Any):
     router = fit(router, 4)
-    assert search(lambda batch: differ(*_before_and_after_a_change(router, batch, 5)))
+    assert search(lambda batch: differ(*before_and_after_a_change(router, batch, 5)))
 
 
 @every_one(lambda promises: promises.streamable)
@@ -274,37 +235,21 @@ def test_chunks_equal_the_whole_for_a_streamable_router(router: Any, batch: Batc
     if batch.below(2):  # segments, also such as go on in the next chunk
         segments = (torch.rand(batch.logits.shape[:2], generator=batch.random) < 0.3).cumsum(1) + 5
     routing = usmoe.route(batch.logits, router, valid=batch.valid, segments=segments)
-    assert_same(_in_chunks(router, batch, segments), grids(routing, batch.logits))
-
-
-def _in_chunks(router: Any, batch: Batch, segments: Tensor | None, hand_on: bool = True) -> tuple[Tensor, Tensor]:
-    """Mask and weights of a sequence that is routed in chunks of random lengths, empty ones among them."""
-    length = batch.logits.shape[1]
-    cuts = sorted([0, *(batch.below(length + 1) for _ in range(batch.below(4))), length])
-    state, chunks = None, []
-    for start, end in itertools.pairwise(cuts):
-        parts = [None if x is None else x[:, start:end] for x in (batch.logits, batch.valid, segments)]
-        logits, valid, ids = parts
-        assert logits is not None
-        routing = usmoe.route(logits, router, valid=valid, segments=ids, state=state)
-        state = routing.state if hand_on else None
-        chunks.append(grids(routing, logits))
-    mask, weight = (torch.cat(each, 1) for each in zip(*chunks, strict=True))
-    return mask, weight
+    assert_same(in_chunks(router, batch, segments), grids(routing, batch.logits))
 
 
 @pytest.mark.parametrize("router", [r for r in ALL_ROUTERS if reference.remembers(plain(r))], ids=str)
 def test_without_the_state_chunks_differ_from_the_whole(router: Any):
     """The positive control: what is handed on matters. (k pairs a token never empty the bucket of pool=token.)"""
     router = fit(router, 4)
-    found = search(lambda b: differ(_in_chunks(router, b, None, hand_on=False), whole(router, b.logits)))
+    found = search(lambda b: differ(in_chunks(router, b, None, hand_on=False), whole(router, b.logits)))
     assert found == (router.pool != "token" if hasattr(router, "pool") else True)
 
 
 @every_one(lambda promises: not promises.streamable)
 def test_chunks_differ_from_the_whole_if_not_promised(router: Any):
     router = fit(router, 4)
-    assert search(lambda batch: differ(_in_chunks(router, batch, None), whole(router, batch.logits)))
+    assert search(lambda batch: differ(in_chunks(router, batch, None), whole(router, batch.logits)))
 
 
 OF_A_SEQUENCE = [
