@@ -25,7 +25,9 @@ ROWS: dict[str, Any] = {
     'USMoE(pool="threshold")': USMoE(pool="threshold", threshold=0.3),
     'USMoE(pool="threshold", min_experts=)': USMoE(pool="threshold", threshold=0.3, min_experts=1),
     'USMoE(pool="threshold", burst=)': USMoE(k=1, pool="threshold", threshold=0.25, burst=2),
-    'USMoE(pool="prefix")': USMoE(k=1.5, pool="prefix"),
+    'USMoE(pool="prefix")': USMoE(
+        k=2, pool="prefix"
+    ),  # a whole k: what floor(k*t + 0.5) rounds in short sequences is not at issue
     'USMoE(pool="prefix", min_experts=)': USMoE(k=2, pool="prefix", min_experts=2),
     'USMoE(pool="prefix", burst=)': USMoE(k=1.5, pool="prefix", burst=2),
     'USMoE(pool="sequence")': USMoE(k=1.5),
