@@ -7,7 +7,10 @@ import torch
 
 import usmoe
 from tiny import tiny, tokens
+from usmoe.cli.tokens import token_ids
 from usmoe.hf.likelihood import honest, teacher_forced
+from usmoe.hf.load import load
+from usmoe.models import CALIBRATION, SAMPLE
 
 
 @pytest.mark.parametrize("k", [None, "0.75x", 1.5])
@@ -125,3 +128,44 @@ def test_honest_over_all_positions_is_the_mean_of_prefix_forwards():
         ]
     assert alone.nats == pytest.approx(sum(by_hand) / 14, rel=1e-5)
     assert alone.interval == 0  # the whole population was seen
+
+
+@pytest.mark.parametrize(
+    "router", [usmoe.USMoE(), usmoe.USMoE(k=2, alpha=0.5, pool="threshold", min_experts=1)], ids=str
+)
+def test_thresholds_keep_the_budget_on_held_out_text_of_the_same_kind(router):
+    """Novels that the thresholds were not found on: mean experts a token within 1 % of k."""
+    model, tokenizer = load()
+    found_on, held_out = (
+        token_ids(tokenizer, text.read_text(encoding="utf-8"))[: 64 * 512].view(-1, 512)
+        for text in (CALIBRATION, SAMPLE)
+    )
+    routers = usmoe.calibrate(model, found_on.split(8), router)
+    pairs = tokens_seen = 0
+    with torch.no_grad(), usmoe.patched(model, routers), usmoe.record(model) as trace:
+        for part in held_out.split(8):
+            model(part, use_cache=False)
+    for said in trace.values():
+        pairs += sum(len(one.routing.token) for one in said)
+        tokens_seen += sum(one.routing.num_tokens for one in said)
+    assert pairs / tokens_seen == pytest.approx(router.k or 4, rel=0.01)
+
+
+def test_the_floor_is_part_of_the_budget():
+    """min_experts adds pairs, so the threshold lies higher, and the sum is k all the same."""
+    model = tiny()
+    batches = [tokens(4, 32, seed) for seed in range(4)]
+    plain, floor = (
+        usmoe.calibrate(model, batches, usmoe.USMoE(k=1, pool="threshold", min_experts=least)) for least in (0, 1)
+    )
+    assert floor[0].threshold > plain[0].threshold
+    assert floor[0].min_experts == 1
+    less = usmoe.calibrate(model, batches, usmoe.USMoE(k=1.5, pool="threshold", min_experts=1, burst=4))
+    assert less[0].burst == 4
+    with usmoe.patched(model, usmoe.calibrate(model, batches, usmoe.USMoE(k=1.5, pool="threshold", min_experts=1))):
+        with usmoe.record(model) as trace, torch.no_grad():
+            for batch in batches:
+                model(batch)
+    said = trace["model.layers.0.mlp"]
+    assert sum(len(one.routing.token) for one in said) == 768
+    assert min(one.routing.experts_per_token.min().item() for one in said) == 1

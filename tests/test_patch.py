@@ -411,3 +411,29 @@ def test_their_balance_loss_is_refused_under_another_route():
         model(x, labels=x, output_router_logits=True)
     usmoe.patch(model, usmoe.OwnChoice())
     assert model(x, labels=x, output_router_logits=True).aux_loss is not None
+
+
+# ---- routers with memory
+
+
+@pytest.mark.parametrize(
+    "router", [usmoe.USMoE(k=2, pool="prefix"), usmoe.USMoE(k=2, pool="threshold", threshold=0.1, burst=4)]
+)
+def test_a_router_with_memory_runs_whole_sequences_and_refuses_half_of_one(router):
+    """A cache of keys and values does not hold what the router remembers: to go on from one would be another routing."""
+    model = usmoe.patch(tiny(), router)
+    x = tokens(2, 12)
+    whole = model(x, use_cache=True)
+    with pytest.raises(ValueError, match="remembers the tokens before.*use_cache=False"):
+        model(x[:, -1:], past_key_values=whole.past_key_values)
+    with pytest.raises(ValueError, match="remembers the tokens before"):
+        model.generate(x, max_new_tokens=3, do_sample=False)
+    grown = model.generate(x, max_new_tokens=3, do_sample=False, use_cache=False)
+    for t in range(12, 15):  # what it wrote is what a forward over the whole says
+        assert torch.equal(model(grown[:, :t]).logits[:, -1].argmax(-1), grown[:, t])
+
+
+def test_prefix_outputs_do_not_depend_on_later_tokens():
+    model = usmoe.patch(tiny(initializer_range=0.5), usmoe.USMoE(k=1.5, pool="prefix", burst=4))
+    x = tokens(2, 12)
+    torch.testing.assert_close(model(x).logits[:, :7], model(x[:, :7]).logits, rtol=0, atol=1e-5)

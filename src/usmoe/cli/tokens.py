@@ -39,7 +39,7 @@ def corpus(tokenizer: Any, model: Any, text: str | None, most: int, length: int)
     length = min(length, limit)
     if text is None:
         measured, calibrating = SAMPLE.read_text(encoding="utf-8"), CALIBRATION.read_text(encoding="utf-8")
-        source = "held-out novels (shipped sample); thresholds from other held-out novels"
+        source = "held-out novels (shipped sample); thresholds from pieces of many other novels"
     else:
         whole = read_text(text)
         quarter = len(whole) // 4

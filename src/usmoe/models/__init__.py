@@ -11,4 +11,4 @@ SAMPLE = SHIPPED / "sample.txt"
 """Held-out text, to measure on."""
 
 CALIBRATION = SHIPPED / "calibration.txt"
-"""Other held-out text, to calibrate thresholds on."""
+"""Pieces of many novels of the training text, to calibrate thresholds on."""
