@@ -130,9 +130,8 @@ def test_honest_over_all_positions_is_the_mean_of_prefix_forwards():
     assert alone.interval == 0  # the whole population was seen
 
 
-@pytest.mark.parametrize(
-    "router", [usmoe.USMoE(), usmoe.USMoE(k=2, alpha=0.5, pool="threshold", min_experts=1)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("router", [usmoe.USMoE(), usmoe.USMoE(k=2, alpha=0.5, pool="threshold", min_experts=1)])
 def test_thresholds_keep_the_budget_on_held_out_text_of_the_same_kind(router):
     """Novels that the thresholds were not found on: mean experts a token within 1 % of k."""
     model, tokenizer = load()
@@ -162,10 +161,10 @@ def test_the_floor_is_part_of_the_budget():
     assert floor[0].min_experts == 1
     less = usmoe.calibrate(model, batches, usmoe.USMoE(k=1.5, pool="threshold", min_experts=1, burst=4))
     assert less[0].burst == 4
-    with usmoe.patched(model, usmoe.calibrate(model, batches, usmoe.USMoE(k=1.5, pool="threshold", min_experts=1))):
-        with usmoe.record(model) as trace, torch.no_grad():
-            for batch in batches:
-                model(batch)
+    routers = usmoe.calibrate(model, batches, usmoe.USMoE(k=1.5, pool="threshold", min_experts=1))
+    with torch.no_grad(), usmoe.patched(model, routers), usmoe.record(model) as trace:
+        for batch in batches:
+            model(batch)
     said = trace["model.layers.0.mlp"]
     assert sum(len(one.routing.token) for one in said) == 768
     assert min(one.routing.experts_per_token.min().item() for one in said) == 1
