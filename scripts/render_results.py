@@ -2,6 +2,7 @@
 
 usmoe demo --json --output docs/router-maps.png --force > results/demo.json
 python scripts/evaluate_shipped_model.py validation.txt.gz test.txt.gz > results/shipped_model.json
+python scripts/measure_guarantees.py > results/guarantees.json
 python scripts/render_results.py
 """
 
@@ -70,7 +71,47 @@ def main() -> None:
         "![Router maps: tokens by experts, a panel a layer, a row of panels a router](router-maps.png)",
         "",
     ]
+    lines += guarantees(json.loads((ROOT / "results/guarantees.json").read_text()))
     (ROOT / "docs/results.md").write_text("\n".join(lines))
+
+
+def guarantees(said: dict) -> list[str]:
+    """What bounds, prefix and bucket do, and what the solver costs."""
+    forward = next(row["seconds"] for row in said["times"] if row["what"] == "the model's forward pass")
+    top = said["times"][0]["seconds"]
+    return [
+        "## Guarantees: bounds, prefix, bucket",
+        "",
+        f"`python scripts/measure_guarantees.py`: the same model and text, {said['tokens']:,} tokens in sequences of "
+        f"{said['length']}, with the model's own score; honest figures from {said['rows'][0]['honest_positions']} "
+        "positions. Fullest: tokens of the fullest expert of any sequence and layer, over an even share.",
+        "",
+        "| router | perplexity | honest | bits/byte | experts a token (least-most) | dropped | load CV | fullest |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(
+            f"| {row['label']} | {row['perplexity']:.2f}{'' if row['causal'] else '*'} "
+            f"| {row['honest_perplexity']:.2f} ({row['honest_interval'][0]:.2f} to {row['honest_interval'][1]:.2f}) "
+            f"| {row['bits_per_byte']:.4f} | {row['experts_mean']:.2f} ({row['experts_min']}-{row['experts_max']}) "
+            f"| {100 * row['dropped']:.1f} % | {row['load_cv']:.2f} | {row['fullest']:.2f} |"
+            for row in said["rows"]
+        ),
+        "",
+        "Mean experts a token on the same text, and on the same text in capitals:",
+        "",
+        "| router | text | in capitals |",
+        "|---|--:|--:|",
+        *(f"| {row['label']} | {row['plain']:.2f} | {row['upper']:.2f} |" for row in said["upper_case"]),
+        "",
+        "Time to route the logits of all layers for eight sequences, on a CPU, one run; only ratios mean anything:",
+        "",
+        "| what | ratio to top-n | share of the model's forward pass |",
+        "|---|--:|--:|",
+        *(
+            f"| {row['what']} | {row['seconds'] / top:.1f} | {100 * row['seconds'] / forward:.0f} % |"
+            for row in said["times"]
+        ),
+        "",
+    ]
 
 
 if __name__ == "__main__":
