@@ -1,5 +1,6 @@
 """The model that ships: plain transformers loads it, it is small, and it has learned to read."""
 
+import dataclasses
 import math
 
 import pytest
@@ -57,3 +58,23 @@ def test_sample_and_calibration_are_different_texts():
     sample, calibration = SAMPLE.read_text(encoding="utf-8"), CALIBRATION.read_text(encoding="utf-8")
     lines = {line for line in sample.splitlines() if len(line) > 40}
     assert not lines & set(calibration.splitlines())
+
+
+@pytest.mark.parametrize("shift", [str, str.upper, lambda text: text[::-1]], ids=["as it is", "capitals", "backwards"])
+def test_a_bucket_holds_at_every_prefix_of_shifted_text(shipped, shift):
+    """used(t) <= k*t + burst in every layer, whatever the text; a threshold alone spends in bursts (the control)."""
+    model, tokenizer = shipped
+    found_on = tokenizer(CALIBRATION.read_text(encoding="utf-8")[:8000], return_tensors="pt").input_ids[:, :1024]
+    routers = usmoe.calibrate(model, [found_on.view(4, 256)], usmoe.USMoE(k=2))
+    text = shift(SAMPLE.read_text(encoding="utf-8")[:4000])
+    x = tokenizer(text, return_tensors="pt").input_ids[:, :512].view(2, 256)
+    allowed = 2 * torch.arange(1, 257) + 4
+
+    def overspent(given) -> bool:
+        with torch.no_grad(), usmoe.patched(model, given), usmoe.record(model) as trace:
+            model(x)
+        used = [said.routing.experts_per_token.view(2, 256).cumsum(1) for said in trace.last.values()]
+        return any(bool((counts > allowed).any()) for counts in used)
+
+    assert overspent(routers)
+    assert not overspent([dataclasses.replace(router, burst=4) for router in routers])

@@ -34,9 +34,11 @@ class USMoE(UnifiedScore):
 
     Ties: the lower flat index (token, then expert) wins. A pool with too few finite pairs takes fewer.
 
-    Without `burst`, a higher k chooses all pairs that a lower one chooses, and more. pool="prefix" and `burst` stream:
-    `routing.state` of a chunk is `state` of the next (`Stream` says how large it is), and any split of a sequence into
-    chunks gives the same pairs.
+    Without `burst`, a higher k chooses all pairs that a lower one chooses, and more.
+
+    pool="prefix" and `burst` remember: `routing.state` of a chunk is `state` of the next, and any split of a sequence
+    into chunks gives the same pairs. The state is exact, not a sketch: three integers a sequence for a bucket; for
+    prefix also the scores of all pairs so far, up to t*E floats a sequence after t tokens (see `Stream`).
     """
 
     name: ClassVar[str] = "usmoe"
