@@ -79,6 +79,8 @@ USMOES: list[Any] = [
     USMoE(k=1, pool="threshold", threshold=0.15, burst=2),
     USMoE(k=1.5, pool="threshold", threshold=0.2, burst=0.5, min_experts=1, normalize="chosen"),
     USMoE(k=1, pool="threshold", threshold=0.3, min_experts=1),
+    USMoE(k=1, pool="threshold", threshold=(0.2, 0.1, 0.15, 0.3, 0.12, 0.18), burst=2, min_experts=1),
+    USMoE(k=1, pool="threshold", threshold=(0.2, 0.4, 0.15, 0.5, 0.3, 0.25), min_experts=1),
     USMoE(pool="threshold", threshold=(0.2, 0.25, 0.15, 0.3, 0.22, 0.18)),
     USMoE(k=2, pool="token", burst=1, min_experts=1),
     USMoE(k=1, alpha=0.0),

@@ -201,6 +201,8 @@ def _usmoe(router: Any, flat: list[Row], there: list[bool], real: list, segments
             chosen += best(mine, budget(experts_a_token(router, host), len(pool)))
     if router.min_experts or router.burst is not None:
         streams = pools_of("sequence", real, segments)
+        if isinstance(router.threshold, tuple):  # what counts is how far a pair lies above its expert's threshold
+            able = [(score - router.threshold[index % experts], index) for score, index in able]
         chosen = [i for pool in streams for i in _floor_and_bucket(router, able, chosen, pool, experts, host)]
     return _weighed(router, unified, chosen, pools, host)
 
@@ -243,8 +245,8 @@ def _bounded_choice(router: Any, flat: list[Row], there: list[bool], real: list,
         of_tokens = [(min(low, sum(row)), min(high, experts)) for row in live]
         of_experts = [
             (
-                min(math.floor(few * share), sum(column)),
-                len(pool) if many == INF else min(len(pool), math.ceil(many * share)),
+                min(math.floor(few * share + 1e-9), sum(column)),
+                len(pool) if many == INF else min(len(pool), math.ceil(many * share - 1e-9)),
             )
             for column in zip(*live, strict=True)
         ]

@@ -111,6 +111,11 @@ def test_compare_takes_a_fractional_k_and_refuses_one_that_cannot_be():
     assert by_name["experts"].per_expert == (3, 4)
     with pytest.raises(ValueError, match="k=5 experts per token is impossible with 4 experts"):
         usmoe.lp.compare(scores, k=5)
+    with pytest.raises(ValueError, match="k='2' is not a budget"):
+        usmoe.lp.compare(scores, k="2")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="scores are a list"):
+        usmoe.lp.compare([[1.0, 2.0]])  # pyright: ignore[reportArgumentType]
+    assert usmoe.lp.compare(torch.zeros(0, 4))[0].dropped == 0
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,7 @@ def test_compare_takes_a_fractional_k_and_refuses_one_that_cannot_be():
         ({"k": 1, "per_expert": (0, 0.9)}, r"per_expert=\(0, 0.9\).*lo <= 1 <= hi"),
         ({"k": 1, "per_expert": (1.1, 2)}, "lo <= 1 <= hi"),
         ({"k": 1, "per_expert": (0, float("nan"))}, "no pair"),
+        ({"k": 1.5, "pool": "token"}, "k=1.5 is impossible"),
         ({"k": 1, "pool": "prefix"}, "pool='prefix'.*sequence, batch, time_step, token"),
         ({"k": 1, "pool": "token", "expert_score": "softmax_tokens"}, "softmax_tokens needs a pool"),
     ],

@@ -205,3 +205,49 @@ def test_a_patched_model_inside_of_another_module():
     inner(ids(4, 32))
     usmoe.to_causal(nn.ModuleDict({"lm": inner, "head": trained(USMoE(k=1))}))
     assert all(is_causal(router) for router in patch_of(inner).routers)
+
+
+@pytest.mark.parametrize("per_token", [(1, 4), (2, 2), (2, 4), (0, 2)])
+def test_bounded_choice_is_served_at_its_budget_however_tight_its_bounds(per_token: Any):
+    moe = usmoe.to_causal(trained(BoundedChoice(k=2, per_token=per_token)))
+    counts = [moe(batch(seed))[1].routing.experts_per_token.double().mean().item() for seed in range(100, 108)]
+    assert sum(counts) / len(counts) == pytest.approx(2, rel=0.05)
+    assert moe.router.min_experts == per_token[0]
+
+
+def test_the_cut_of_bounded_choice_serves_the_pool_that_it_fell_in():
+    """Where caps of tokens do not bind, the pairs of the pool, but for one or two at the edge of a price."""
+    logits = torch.randn(1, 96, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    routing = usmoe.route(logits, BoundedChoice(k=2, per_token=(1, 8), per_expert=(0.5, 1.1)))
+    assert routing.cut is not None
+    served = USMoE(pool="threshold", threshold=tuple(routing.cut[0].tolist()), min_experts=1)
+    again = usmoe.route(logits, served)
+    assert abs(len(again.token) - 192) <= 2
+    assert usmoe.metrics.overlap(again, routing) > 0.97
+    assert usmoe.metrics.overlap(usmoe.route(logits, USMoE(k=2)), routing) < 0.97  # without its prices
+
+
+def test_cuts_of_another_router_are_not_served():
+    moe = trained(USMoE(k=2)).train()
+    moe.router = USMoE(k=3, alpha=0.0)
+    with pytest.raises(ValueError, match="those of another router"):
+        usmoe.to_causal(moe)
+    moe(batch(0))  # one batch of its own: the average begins anew
+    assert usmoe.to_causal(moe).router.k == 3
+    other = layer(ExpertChoice(k=2))
+    other.load_state_dict(trained(USMoE(k=2)).state_dict())
+    with pytest.raises(ValueError, match="those of another router"):
+        usmoe.to_causal(other)
+
+
+@pytest.mark.parametrize("router", [USMoE(k=1.5), ExpertChoice(k=2), BoundedChoice(k=1.5)], ids=str)
+def test_compiled_layers_track_their_cuts_too(router: Any):
+    torch.compiler.reset()
+    moe, plain = layer(router).train(), layer(router).train()
+    compiled = torch.compile(moe, backend="aot_eager")
+    with torch.no_grad():
+        for seed in range(3):
+            compiled(batch(seed, 2, 8))
+            plain(batch(seed, 2, 8))
+    assert moe.cut.weight.max().item() == pytest.approx(1 - 0.99**3)
+    assert moe.cut.average.tolist() == pytest.approx(plain.cut.average.tolist())

@@ -20,6 +20,8 @@ def test_a_router_with_memory_runs_whole_sequences_and_refuses_half_of_one(route
     with pytest.raises(ValueError, match=r"remembers the tokens before.*use_cache=False"):
         model(x[:, -1:], past_key_values=whole.past_key_values)
     with pytest.raises(ValueError, match="remembers the tokens before"):
+        model.model(x[:, -1:], past_key_values=whole.past_key_values)
+    with pytest.raises(ValueError, match="remembers the tokens before"):
         model.generate(x, max_new_tokens=3, do_sample=False)
     grown = model.generate(x, max_new_tokens=3, do_sample=False, use_cache=False)
     for t in range(12, 15):  # what it wrote is what a forward over the whole says

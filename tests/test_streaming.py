@@ -174,7 +174,7 @@ def test_a_state_that_does_not_fit_is_refused(router: Any):
 
 
 def test_a_state_begins_empty():
-    begun = Stream.begin(1, torch.device("cpu"), torch.float32)
+    begun = Stream.begin(1, 2, torch.device("cpu"), torch.float32)
     assert_same(grids(usmoe.route(BY_HAND, PREFIX, state=begun), BY_HAND), whole(PREFIX, BY_HAND))
 
 
@@ -232,3 +232,27 @@ def test_a_layer_streams_with_gradients(router: Any):
     pieces = torch.autograd.grad(chunked.square().sum(), list(moe.parameters()))
     for one, other in zip(pieces, together, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_ample_bucket_and_no_floor_change_nothing(seed: int):
+    """Also with a threshold an expert, where a token's best pairs are those that lie highest above their threshold."""
+    logits = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+    for router in (
+        USMoE(k=1, pool="threshold", threshold=(0.3, 0.1, 0.2, 0.4)),
+        USMoE(k=1, pool="threshold", threshold=0.2),
+        USMoE(k=1, pool="prefix"),
+    ):
+        free = whole(router, logits)
+        assert_same(whole(dataclasses.replace(router, burst=1000), logits), free)
+        floor = whole(dataclasses.replace(router, min_experts=1), logits)[0]
+        served = free[0].any(-1)
+        assert torch.equal(floor[served], free[0][served])
+        assert (floor[~served].sum(-1) == 1).all()
+
+
+def test_a_state_follows_the_dtype_of_the_chunk_and_not_the_number_of_experts():
+    first = usmoe.route(BY_HAND[:, :2].double(), PREFIX)
+    assert usmoe.route(BY_HAND[:, 2:], PREFIX, state=first.state).expert.tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match="comes from another router"):
+        usmoe.route(torch.zeros(1, 2, 3), PREFIX, state=first.state)

@@ -41,8 +41,9 @@ class Routing:
     num_experts: int
     """E."""
     cut: Float[Tensor, "..."] | None = None
-    """Where the selection fell, one value a pool (for expert choice one a pool and expert, (G, E)): midway between the
-    last score that was chosen and the first that was not; -inf where all were chosen, +inf where none was."""
+    """Where the selection fell, one value a pool (for expert and bounded choice one a pool and expert, (G, E); of a
+    threshold router, its threshold, (1,) or (E,)): midway between the last score that was chosen and the first that was
+    not; -inf where all were chosen, +inf where none was."""
     state: Any = None
     """What a streaming router needs to go on with the next chunk; None for routers without memory."""
     valid: Bool[Tensor, " T"] | None = None

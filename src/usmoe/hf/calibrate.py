@@ -44,7 +44,10 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch], router: Any) -> 
     Raises ValueError for a router that no threshold can stand for, and for batches without a real token.
     """
     if not isinstance(router, USMoE | ExpertChoice):
-        raise ValueError(f"calibrate() finds thresholds for USMoE and ExpertChoice routers, not for {router}.")
+        raise ValueError(
+            f"calibrate() finds thresholds for USMoE and ExpertChoice routers, not for {router}. Give it one of these; "
+            "USMoE(min_experts=1, pool='threshold') drops no token."
+        )
     if isinstance(batches, Tensor | Mapping):
         raise TypeError("calibrate() was given one batch. Give a list of batches: [batch].")
     batches = list(batches)

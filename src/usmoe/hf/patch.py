@@ -241,9 +241,10 @@ def _learn_padding(
         if mask is not None:
             _refuse_unreadable(state, mask)
         state.valid = None
+    if outermost or not state.running:
+        _refuse_half_remembered(state, arguments.get("past_key_values"))
     if outermost:
         state.running = True
-        _refuse_half_remembered(state, arguments.get("past_key_values"))
         _refuse_their_balance_loss(state, module, arguments | arguments.get("kwargs", {}))
 
 
@@ -320,7 +321,7 @@ def _reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tup
         )
     routing = call(router, logits, None if valid is None else valid.to(logits.device), host=layer.host)
     if module.training and not is_causal(router):
-        state.cuts[index].update(routing.cut)
+        state.cuts[index].update(routing.cut, router)
     said = RouterOutput(routing=routing, logits=logits)
     for listener in state.listeners:
         listener(layer.name, said)

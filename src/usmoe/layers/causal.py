@@ -73,6 +73,11 @@ def _served(layer: Tracked) -> Any:
             f"{layer.name or 'The layer'} has tracked no cut of {router} yet. Run some batches in training mode first "
             "(model.train()), or find thresholds on text with usmoe.calibrate()."
         )
+    if layer.cut.router not in (None, router) or (layer.cut.total.ndim == 0) != isinstance(router, USMoE):
+        raise ValueError(
+            f"{layer.name or 'The layer'} routes by {router}, and the cuts that it has tracked are those of another "
+            "router. Run some batches in training mode first, or put that router back."
+        )
     threshold = layer.cut.average.tolist()
     threshold = tuple(threshold) if isinstance(threshold, list) else threshold
     if isinstance(router, BoundedChoice):

@@ -18,7 +18,8 @@ class MovingCut(nn.Module):
     It is an estimate of the threshold that would have spent the same budget, as batch normalisation's averages are of a
     mean: `usmoe.to_causal` makes thresholds of it. Each batch counts with the mean of its finite cuts; a batch without
     one does not count. The buffers stay in float64 whatever dtype the model is moved to, since a threshold needs more
-    bits than bfloat16 has. In distributed training every process follows its own batches.
+    bits than bfloat16 has. In distributed training every process follows its own batches, unless the wrapper broadcasts
+    buffers. Activation checkpointing runs a layer twice, and counts its batch twice: the average is the same.
     """
 
     total: Tensor
@@ -29,6 +30,13 @@ class MovingCut(nn.Module):
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self._forget(shape, None)
+        self.router: Any = None
+        """Whose cuts these are; None before the first batch, and after loading."""
+
+    def prepare(self, cut: Float[Tensor, "G ..."] | None) -> None:
+        """Take the shape of a cut before the first batch, so that a state of that shape can be loaded."""
+        if cut is not None and not self.seen and cut.shape[1:] != self.total.shape:
+            self._forget(tuple(cut.shape[1:]), self.total.device)
 
     def _forget(self, shape: tuple[int, ...], device: torch.device | None) -> None:
         for name in ("total", "weight"):
@@ -45,12 +53,16 @@ class MovingCut(nn.Module):
         return self.total / self.weight
 
     @torch.no_grad()
-    def update(self, cut: Float[Tensor, "G ..."] | None) -> None:
-        """Count a batch of G pools. A cut of another shape than before (another kind of router) begins anew."""
+    def update(self, cut: Float[Tensor, "G ..."] | None, router: Any = None) -> None:
+        """Count a batch of G pools. Another router than before begins anew."""
         if cut is None:
             return
-        if cut.shape[1:] != self.total.shape:
+        other = self.router is not None and self.router != router
+        if other or cut.shape[1:] != self.total.shape:
             self._forget(tuple(cut.shape[1:]), cut.device)
+        elif cut.device != self.total.device:
+            self.to(cut.device)
+        self.router = router
         finite = cut.isfinite()
         pools = finite.sum(0)
         mean = cut.double().where(finite, 0.0).sum(0) / pools.clamp(min=1)

@@ -62,8 +62,8 @@ class MoE(nn.Module):
         width = up_width(activation, d_ff)
         router = USMoE(k=min(2, num_experts)) if router is None else router
         self.num_experts = num_experts
-        self.reroute(router)
         self.cut = MovingCut()
+        self.reroute(router)
         self.activation = activation
         self.debug = debug
         self.gate = gate_of(gate, d_model, num_experts)
@@ -102,7 +102,8 @@ class MoE(nn.Module):
         router: Any = torch.compiler.disable(self.router) if compiling else self.router
         routing = call(router, logits, valid, segments=segments, state=state)
         if self.training and not is_causal(self.router):
-            self.cut.update(routing.cut)
+            update: Any = torch.compiler.disable(self.cut.update) if compiling else self.cut.update
+            update(routing.cut, self.router)
         activation = ACTIVATIONS[self.activation]
         flat = x.flatten(0, 1)
         y = experts_by_pairs(flat, routing, self.up, self.down, activation, self.up_bias, self.down_bias)
@@ -113,7 +114,7 @@ class MoE(nn.Module):
 
     def reroute(self, router: Any) -> None:
         """Route by another router from now on. Raises ValueError for one that cannot work with so many experts."""
-        _refuse_impossible(router, self.num_experts)
+        self.cut.prepare(_refuse_impossible(router, self.num_experts))
         self.router = router
 
     def extra_repr(self) -> str:
@@ -123,12 +124,12 @@ class MoE(nn.Module):
         )
 
 
-def _refuse_impossible(router: Any, num_experts: int) -> None:
-    """A router that can never route here is refused when the layer is made, not at its first batch."""
+def _refuse_impossible(router: Any, num_experts: int) -> Tensor | None:
+    """A router that can never route here is refused when the layer is made, not at its first batch. Its cut of a token,
+    where it says one."""
     if isinstance(router, OwnChoice):
         raise ValueError(
             "OwnChoice() is a pretrained model's own rule; a new layer has none. Name one: TokenChoice(k=2)."
         )
     refuse_what_is_no_router(router)
-    if isinstance(router, Router):
-        router(torch.zeros(1, 1, num_experts))
+    return router(torch.zeros(1, 1, num_experts)).cut if isinstance(router, Router) else None

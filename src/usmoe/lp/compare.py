@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from usmoe.lp.solve import solve
+from usmoe.lp.solve import check_scores, solve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,11 @@ def compare(scores: Float[Tensor, "T E"], k: float | None = None) -> list[Quota]
 
     Raises ValueError for a k outside of 0 < k <= E, and as `solve` does.
     """
+    check_scores(scores)
     tokens, experts = scores.shape
     k = min(2, experts) if k is None else k
+    if isinstance(k, bool) or not isinstance(k, numbers.Real):
+        raise ValueError(f"k={k!r} is not a budget. Give a number of experts per token, 0 < k <= {experts}.")
     if not 0 < k <= experts:
         raise ValueError(
             f"A budget of k={k:g} experts per token is impossible with {experts} experts. Choose 0 < k <= {experts}."
@@ -53,7 +57,7 @@ def compare(scores: Float[Tensor, "T E"], k: float | None = None) -> list[Quota]
     budget = math.floor(k * tokens + 0.5)
     of_token = (math.floor(k), math.ceil(k))
     of_expert = (budget // experts, -(-budget // experts))
-    loose = (min(1, of_token[0]), min(experts, math.ceil(2 * k))), (0, math.ceil(1.25 * k * tokens / experts))
+    loose = (min(1, of_token[0]), min(experts, math.ceil(2 * k))), (0, math.ceil(1.25 * k * tokens / experts - 1e-9))
     quotas: dict[str, tuple[tuple[int, int] | None, tuple[int, int] | None]] = {
         "none": (None, None),
         "tokens": (of_token, None),
@@ -71,7 +75,7 @@ def compare(scores: Float[Tensor, "T E"], k: float | None = None) -> list[Quota]
                 name=name,
                 value=found.value,
                 given_away=(best - found.value) / abs(best) if best else 0.0,
-                dropped=(found.mask.sum(1) == 0).double().mean().item(),
+                dropped=(found.mask.sum(1) == 0).sum().item() / max(tokens, 1),
                 most=load.max().item() * experts / max(budget, 1),
                 per_token=per_token,
                 per_expert=per_expert,

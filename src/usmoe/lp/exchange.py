@@ -121,10 +121,9 @@ class Exchange:
                 self._look_from(int(expert))
             for token in tokens:
                 self._offer(int(token))
-            through_parked = (
-                self.parked in chain
-            )  # then a token's count has changed, and all that it may drop or take up
-            self._look_at_parked(np.arange(experts) if through_parked else np.array([e for e in chain if e < experts]))
+            # through PARKED, counts of tokens have changed, and with them all that these may drop or take up
+            seen = range(experts) if self.parked in chain else [node for node in chain if node < experts]
+            self._look_at_parked(np.array(seen))
         self._look_outside()
 
     def _look_from(self, expert: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from usmoe.lp.bounds import Bounds
 from usmoe.lp.exchange import Exchange
-from usmoe.lp.greedy import within
+from usmoe.lp.greedy import midway, within
 from usmoe.lp.prices import expert_prices
 
 _TRACE = 1e-10
@@ -16,30 +16,47 @@ _TRACE = 1e-10
 
 
 @torch.no_grad()
-def best_pairs(scores: Float[Tensor, "G S E"], bounds: Bounds) -> tuple[Bool[Tensor, "G S E"], Float[Tensor, " G"]]:
-    """The best pairs of G pools, and an upper bound of the value of each. Scores in float64; -inf is chosen only where
-    the bounds leave nothing else, and is worth 0 then.
+def best_pairs(
+    scores: Float[Tensor, "G S E"], bounds: Bounds
+) -> tuple[Bool[Tensor, "G S E"], Float[Tensor, "G E"], Float[Tensor, " G"]]:
+    """The best pairs of G pools, the prices of the experts at which they are the best (0: no bound of that expert
+    matters), and an upper bound of the value of each pool. Scores in float64; -inf is chosen only where the bounds
+    leave nothing else, and is worth 0 then.
 
     Without bounds on the experts, or without bounds on the tokens, a greedy selection is optimal (see usmoe.lp.greedy),
     and so it is where a greedy selection for one side happens to keep the bounds of the other. Else prices of the
     experts (usmoe.lp.prices) make the tokens spread, and exchanges (usmoe.lp.exchange) settle what they leave.
     """
+    prices = scores.new_zeros(len(scores), scores.shape[2])
     if not bounds.bind_experts():
         mask = within(scores, *bounds.tokens, bounds.budget, -1)
-        return mask, worth(scores, mask)
+        return mask, prices, worth(scores, mask)
     if not bounds.bind_tokens():
         mask = within(scores, *bounds.experts, bounds.budget, -2)
-        return mask, worth(scores, mask)
+        return mask, _of_columns(scores, mask, bounds), worth(scores, mask)
     mask = within(scores, *bounds.tokens, bounds.budget, -1)
     upper = worth(scores, mask)
     crowded = ~_keeps(mask.sum(1), bounds.experts)
     if crowded.any():
         rows = crowded.nonzero().squeeze(1)
-        mask[rows], upper[rows] = _priced(scores[rows], bounds.of(rows))
-    return mask, upper
+        mask[rows], prices[rows], upper[rows] = _priced(scores[rows], bounds.of(rows))
+    return mask, prices, upper
 
 
-def _priced(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
+def _of_columns(scores: Tensor, mask: Tensor, bounds: Bounds) -> Tensor:
+    """Prices where the experts alone are bound: how far the cut of an expert that is held by its floor or its cap lies
+    from that of the others together."""
+    (floors, caps), load = bounds.experts, mask.sum(1)
+    held = ((load == caps) & (caps < scores.shape[1])) | ((load == floors) & (floors > 0))
+    last = scores.masked_fill(~mask, torch.inf).amin(1)
+    first_out = scores.masked_fill(mask, -torch.inf).amax(1)
+    free = last.masked_fill(held, torch.inf).amin(1), first_out.masked_fill(held, -torch.inf).amax(1)
+    own, level = (midway(low, high.minimum(low)) for low, high in ((last, first_out), free))
+    level = level.where(level.isfinite(), 0.0)[:, None]
+    return torch.where(held & own.isfinite(), own - level, 0.0)
+
+
+def _priced(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
     """The same for pools in which both sides matter."""
     whole, unit = _in_whole_numbers(scores, bounds.budget is None)
     prices = (expert_prices(scores, bounds) / unit[:, None]).round()
@@ -47,8 +64,9 @@ def _priced(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     rows = (~_settled(mask.sum(1), prices, bounds)).nonzero().flatten()
     for row in rows.tolist():
         mask[row], prices[row] = _exchanged(whole[row], mask[row], prices[row], bounds.of(rows.new_tensor([row])))
-    _, upper = _at(prices * unit[:, None], scores, bounds)
-    return mask, upper.maximum(worth(scores, mask))
+    prices = prices * unit[:, None]
+    _, upper = _at(prices, scores, bounds)
+    return mask, prices, upper.maximum(worth(scores, mask))
 
 
 def _at(prices: Tensor, scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -50,7 +52,7 @@ def solve(
     Raises ValueError for bounds that cannot be met, with the numbers that conflict; for NaN and +inf scores; and for
     shapes and values that do not fit.
     """
-    _check_scores(scores)
+    check_scores(scores)
     tokens, experts = scores.shape
     bounds = Bounds(
         tokens=_sides("per_token", per_token, tokens, experts, scores.device),
@@ -61,7 +63,7 @@ def solve(
     if conflict:
         raise ValueError(f"The bounds cannot be met: {conflict}. Widen a bound or change the budget.")
     wide = scores.detach().double()
-    mask, upper = best_pairs(wide[None], bounds)
+    mask, _, upper = best_pairs(wide[None], bounds)
     never = mask[0] & (wide == -torch.inf)
     if never.any():
         raise ValueError(f"The bounds cannot be met: {_lacking(wide, bounds, mask[0])}.")
@@ -88,7 +90,8 @@ def _lacking(scores: Tensor, bounds: Bounds, mask: Tensor) -> str:
     )
 
 
-def _check_scores(scores: Any) -> None:
+def check_scores(scores: Any) -> None:
+    """Raise ValueError unless the scores are a float matrix without NaN and +inf."""
     if not isinstance(scores, Tensor) or scores.ndim != 2 or not scores.is_floating_point():
         what = (
             f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
@@ -105,9 +108,9 @@ def _check_scores(scores: Any) -> None:
 def _budget(budget: Any, device: torch.device) -> Tensor | None:
     if budget is None:
         return None
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Integral) or int(budget) < 0:
         raise ValueError(f"budget={budget!r} is no number of pairs. Give a whole number, 0 or more.")
-    return torch.tensor([budget], device=device)
+    return torch.tensor([int(budget)], device=device)
 
 
 def _sides(name: str, pair: Any, rows: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -131,8 +134,10 @@ def _sides(name: str, pair: Any, rows: int, most: int, device: torch.device) -> 
 def _counts(name: str, bound: Any, rows: int, idle: int, device: torch.device) -> Tensor:
     if bound is None:
         bound = idle
-    if isinstance(bound, int) and not isinstance(bound, bool):
-        bound = torch.full((rows,), bound)
+    if isinstance(bound, numbers.Integral) and not isinstance(bound, bool):
+        bound = torch.full((rows,), int(bound))
+    if isinstance(bound, np.ndarray):
+        bound = torch.from_numpy(bound)
     if not isinstance(bound, Tensor) or bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool:
         raise ValueError(f"A bound of {name} is {bound!r}. Bounds are counts: give a whole number, or an int tensor.")
     if tuple(bound.shape) != (rows,):

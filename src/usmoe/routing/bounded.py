@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from usmoe.lp.bounds import Bounds
-from usmoe.lp.greedy import midway
+from usmoe.lp.greedy import midway, top
 from usmoe.lp.optimum import best_pairs
 from usmoe.routing.host import ROUTE, Host
 from usmoe.routing.pools import Pools, pools
 from usmoe.routing.router import Segments, competing, experts_per_token, is_number, refuse_state
-from usmoe.routing.select import budget
+from usmoe.routing.select import budget, whole
+from usmoe.routing.streaming import own_order
 from usmoe.routing.unified_score import UnifiedScore
 from usmoe.types import Promises, Routing
 
@@ -78,6 +79,8 @@ class BoundedChoice(UnifiedScore):
             raise ValueError(f"{field}={pair} has a floor above its cap. Swap them.")
 
     def _refuse_k_outside(self, k: float) -> None:
+        if self.pool == "token":
+            whole(k, "pool=token")
         if self.per_token is not None and not self.per_token[0] <= k <= self.per_token[1]:
             raise ValueError(
                 f"k={k:g} experts per token lie outside of per_token={self.per_token}. Choose per_token=(lo, hi) with "
@@ -125,9 +128,9 @@ class BoundedChoice(UnifiedScore):
             able = finite[tokens]
             scores = ranked[tokens].double().masked_fill(~able, -torch.inf)
             bounds = self._bounds(able, k)
-            chosen, _ = best_pairs(scores, bounds)
+            chosen, prices, _ = best_pairs(scores, bounds)
             mask[tokens.flatten()] = (chosen & able).flatten(0, 1)
-            cut[pool] = _cut(scores, chosen, bounds).to(cut.dtype)
+            cut[pool] = _cut(scores, chosen, prices, bounds).to(cut.dtype)
         return mask, cut
 
     def _bounds(self, able: Bool[Tensor, "G S E"], k: float) -> Bounds:
@@ -138,7 +141,11 @@ class BoundedChoice(UnifiedScore):
         low, high = (0, experts) if self.per_token is None else self.per_token
         share = k * size / experts
         least, most = (0.0, math.inf) if self.per_expert is None else self.per_expert
-        of_expert = math.floor(least * share), size if most == math.inf else min(size, math.ceil(most * share))
+        grain = 1e-9  # a product that is whole on paper may be a rounding above or below it
+        of_expert = (
+            math.floor(least * share + grain),
+            size if most == math.inf else min(size, math.ceil(most * share - grain)),
+        )
 
         def everywhere(bound: float, width: int) -> Int[Tensor, "G W"]:
             return torch.full((rows, width), int(bound), device=able.device)
@@ -150,17 +157,28 @@ class BoundedChoice(UnifiedScore):
         )
 
 
-def _cut(scores: Tensor, chosen: Tensor, bounds: Bounds) -> Float[Tensor, "G E"]:
-    """Where the selection fell for each expert, midway between the lowest chosen and the highest unchosen score of the
-    tokens that their own bounds leave free: in the expert's own column where its floor or cap holds it, and else in all
-    other columns together."""
+def _cut(scores: Tensor, chosen: Tensor, prices: Tensor, bounds: Bounds) -> Float[Tensor, "G E"]:
+    """The threshold of each expert that would spend the budget without caps of the tokens: its price, above one level
+    for all. Beside the pairs that the tokens' floors ask for, as many score above it, net of prices, as the budget
+    leaves.
+
+    Where an expert is held by its floor or its cap, its price may be anything between two of its scores: the middle.
+    """
     (floors, caps), (least, most) = bounds.tokens, bounds.experts
+    net, finite = scores - prices[:, None], scores > -torch.inf
+    forced = finite & (own_order(net, finite)[1] < floors[..., None])
+    optional = (finite & ~forced).flatten(1)
+    assert bounds.budget is not None
+    left = (bounds.budget - forced.sum((1, 2))).clamp(min=0)
+    _, level = top(net.flatten(1), optional, left)
+    out_of_reach = net.flatten(1).masked_fill(~optional, -torch.inf).amax(1)
+    level = torch.where(left > 0, level, out_of_reach)[:, None] + prices
+
     count, load = chosen.sum(2), chosen.sum(1)
     could_drop = chosen & (count > floors)[..., None]
-    could_take = ~chosen & (count < caps)[..., None] & (scores > -torch.inf)
+    could_take = ~chosen & (count < caps)[..., None] & finite
     last = scores.masked_fill(~could_drop, torch.inf).amin(1)
     first_out = scores.masked_fill(~could_take, -torch.inf).amax(1)
+    middle = midway(last, first_out.minimum(last))
     held = ((load == most) & (most < scores.shape[1])) | ((load == least) & (least > 0))
-    together = last.masked_fill(held, torch.inf).amin(1), first_out.masked_fill(held, -torch.inf).amax(1)
-    own, level = (midway(low, high.minimum(low)) for low, high in ((last, first_out), together))
-    return torch.where(held & own.isfinite(), own, level[:, None])
+    return torch.where(held & middle.isfinite(), middle, level)

@@ -24,7 +24,8 @@ def route(
     logits    (B, L, E), any float dtype; scores are computed in float32 at least. -inf: that pair is never chosen.
     router    a router of usmoe, or any callable (logits, valid, **kw) -> Routing
     valid     (B, L) bool, False for padding. Padding never competes and adds no budget. None: all tokens are real.
-    segments  (B, L) int, which packed example each token belongs to: no pool crosses them
+    segments  (B, L) int, which packed example each token belongs to: no pool crosses them. Under prefix and burst,
+              whose tokens are taken in order, a segment ends where the id changes
     state     what the previous chunk's routing.state was, for routers that stream
 
     Raises ValueError for shapes and dtypes that do not fit, and for NaN or +inf logits of real tokens.

@@ -32,19 +32,27 @@ class Stream:
     """Pairs that they were given."""
     segment: Int[Tensor, " B"]
     """Id of the running segment; 0 where there were no segments."""
+    experts: int
+    """E."""
     scores: Float[Tensor, "B M"] | None = None
     """pool="prefix": the scores of all their pairs, ascending, -inf in front to equal length."""
 
     @staticmethod
-    def begin(batch: int, device: torch.device, dtype: torch.dtype | None = None) -> Stream:
+    def begin(batch: int, experts: int, device: torch.device, dtype: torch.dtype | None = None) -> Stream:
         """The state before the first token; with a dtype, one that remembers scores."""
         nothing = torch.zeros(batch, dtype=torch.long, device=device)
         scores = None if dtype is None else torch.empty(batch, 0, dtype=dtype, device=device)
-        return Stream(tokens=nothing, used=nothing, segment=nothing, scores=scores)
+        return Stream(tokens=nothing, used=nothing, segment=nothing, experts=experts, scores=scores)
+
+    def like(self, scores: Float[Tensor, "T E"]) -> Stream:
+        """The same on the device and in the dtype of the scores."""
+        kept = None if self.scores is None else self.scores.to(scores)
+        counts = {name: getattr(self, name).to(scores.device) for name in ("tokens", "used", "segment")}
+        return Stream(**counts, experts=self.experts, scores=kept)
 
 
-def check_state(state: Any, router: Any, batch: int, remembers_scores: bool) -> None:
-    """Raise TypeError or ValueError unless `state` is one of this kind of router, for as many sequences."""
+def check_state(state: Any, router: Any, batch: int, experts: int, remembers_scores: bool) -> None:
+    """Raise TypeError or ValueError unless `state` is one of this kind of router, for as many sequences and experts."""
     if state is None:
         return
     if not isinstance(state, Stream):
@@ -57,7 +65,7 @@ def check_state(state: Any, router: Any, batch: int, remembers_scores: bool) -> 
             f"The state is that of {len(state.tokens)} sequences, and this chunk has {batch}. A chunk holds the next "
             "tokens of the same sequences, in the same order."
         )
-    if (state.scores is not None) != remembers_scores:
+    if (state.scores is not None) != remembers_scores or state.experts != experts:
         raise ValueError(f"The state comes from another router than {router}. Give routing.state of this one, or None.")
 
 
@@ -85,6 +93,7 @@ class Runs:
             tokens=_last(old.tokens, where, tokens),
             used=_last(old.used, where, used[rows]),
             segment=_last(old.segment, where, self.before.segment[rows]),
+            experts=old.experts,
             scores=None if old.scores is None or scores is None else _last_scores(old.scores, where, scores[rows]),
         )
 
@@ -114,6 +123,7 @@ def runs(competes: Bool[Tensor, "B L"], segments: Int[Tensor, "B L"] | None, sta
         tokens=of_rows(state.tokens, 0),
         used=of_rows(state.used, 0),
         segment=ids,
+        experts=state.experts,
         scores=None if state.scores is None else of_rows(state.scores, -torch.inf),
     )
     return Runs(group=group, sequence=sequence, before=before)
@@ -169,7 +179,8 @@ def spend(
     floor(k*s + burst) - C(s)): a running minimum, no loop.
     """
     level = (place.double() * k + burst).floor().long()
-    level = level.maximum(used[:, None])  # a state of a larger budget: nothing is spent until this one has caught up
+    # a state of a larger budget: nothing is spent, not even a floor, until this one has caught up
+    level = level.maximum(used[:, None])
     total = count.cumsum(1)
     spent = total + (level - total).cummin(1).values.minimum(used[:, None])
     return spent.diff(dim=1, prepend=used[:, None])

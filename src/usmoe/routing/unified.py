@@ -136,9 +136,10 @@ class USMoE(UnifiedScore):
         scores, ranked = self.unified_scores(flat, group, host)
         eligible = (flat > -torch.inf) & competes.reshape(-1, 1)
         if self.remembers:
-            check_state(state, self, batch, self.pool == "prefix")
+            check_state(state, self, batch, experts, self.pool == "prefix")
             if state is None:
-                state = Stream.begin(batch, ranked.device, ranked.dtype if self.pool == "prefix" else None)
+                state = Stream.begin(batch, experts, ranked.device, ranked.dtype if self.pool == "prefix" else None)
+            state = state.like(ranked)
             run = runs(competes, segments, state)
             mask, cut, used, remembered = self._stream(ranked, eligible, group, run, host)
             state = run.after(state, used, remembered)
@@ -164,15 +165,21 @@ class USMoE(UnifiedScore):
             )
             mask = group.scatter(chosen.unflatten(1, (-1, ranked.shape[-1])), len(ranked))
         if self.min_experts:
-            mask = mask | (own_order(ranked, eligible)[1] < self.min_experts) & eligible
+            mask = mask | (own_order(self._preference(ranked), eligible)[1] < self.min_experts) & eligible
         return mask, cut
+
+    def _preference(self, ranked: Tensor) -> Tensor:
+        """By what a token prefers its pairs: the score; with a threshold an expert, what it has beyond that."""
+        if not isinstance(self.threshold, tuple):
+            return ranked
+        return ranked - thresholds(self.threshold, self, ranked).clamp(-1e30, 1e30)
 
     def _stream(
         self, ranked: Tensor, eligible: Tensor, group: Pools, run: Runs, host: Host
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Mask (T, E) and cut of the routers that remember, and what they will remember: pairs used, scores."""
         k = experts_per_token(self.k, host, ranked.shape[-1])
-        scores = run.group.gather(ranked.detach())
+        scores = run.group.gather(self._preference(ranked.detach()))
         able = run.group.gather(eligible) & run.group.present.unsqueeze(-1)
         (ordered, own), place, remembered = own_order(scores, able), run.place, None
         if run.before.scores is not None:
