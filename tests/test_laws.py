@@ -118,6 +118,7 @@ NESTED = [
 @laws
 def test_a_higher_k_chooses_what_a_lower_one_does_and_more(router: Any, batch: Batch):
     experts = batch.logits.shape[-1]
+    router = fit(router, experts)
     low, high = sorted(0.3 + (experts - 0.3) * torch.rand(2, generator=batch.random).numpy())
     low, high = max(low, router.min_experts), max(high, router.min_experts)
     masks = [whole(replace(router, k=float(k)), batch.logits, batch.valid)[0] for k in (low, high)]
