@@ -45,12 +45,16 @@ def test_it_predicts_held_out_text_better_than_a_compressor(shipped):
 
 
 def test_own_choice_on_the_shipped_model_equals_it_to_float_rounding(shipped):
+    """Up to the first token whose fourth and fifth expert are equal to rounding: there the order of a sum decides."""
     model, tokenizer = shipped
-    ids = tokenizer(CALIBRATION.read_text(encoding="utf-8")[:3000], return_tensors="pt").input_ids[:, :256]
+    ids = tokenizer(CALIBRATION.read_text(encoding="utf-8")[:3000], return_tensors="pt").input_ids[:, :512].view(16, 32)
     theirs = model(ids).logits
-    with usmoe.patched(model, usmoe.OwnChoice()):
+    with usmoe.patched(model, usmoe.OwnChoice()), usmoe.record(model) as trace:
         ours = model(ids).logits
-    assert (ours - theirs).abs().max() < 5e-5  # logits of magnitude 20
+    best = torch.stack([said.logits for said in trace.last.values()]).topk(5).values
+    decided = (best[..., 3] - best[..., 4] > 1e-5).all(0).int().cummin(1).values.bool()
+    assert decided.float().mean() > 0.9
+    assert (ours - theirs)[decided].abs().max() < 5e-5  # logits of magnitude 20
     assert torch.equal(model(ids).logits, theirs)
 
 
