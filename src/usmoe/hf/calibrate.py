@@ -14,13 +14,11 @@ from transformers import PreTrainedModel
 
 from usmoe.hf.layers import Layer
 from usmoe.hf.patch import listening, patch_of, patched
-from usmoe.lp.greedy import top
 from usmoe.routing import ExpertChoice, USMoE
 from usmoe.routing.pools import pools
 from usmoe.routing.router import competing, experts_per_token
 from usmoe.routing.scores import EXPERT_CHOICE_SCORES
-from usmoe.routing.select import budget, capacity, per_expert
-from usmoe.routing.streaming import own_order
+from usmoe.routing.select import budget, capacity, cut_above_floors, per_expert
 from usmoe.types import RouterOutput
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -119,8 +117,6 @@ def _cut(router: USMoE | ExpertChoice, layer: Layer, scores: Tensor) -> float | 
     if isinstance(router, ExpertChoice):
         _, cut = per_expert(scores[None], eligible[None], capacity(k, tokens, layer.num_experts))
         return tuple(cut[0].tolist())
-    floor = eligible & (own_order(scores, eligible)[1] < router.min_experts)
-    optional = eligible & ~floor
-    left = (budget(k, tokens) - floor.sum()).clamp(min=0)
-    _, cut = top(scores.view(1, -1), optional.view(1, -1), left)
+    floors = torch.full((1, len(scores)), router.min_experts)
+    cut, _ = cut_above_floors(scores[None], eligible[None], floors, budget(k, tokens))
     return cut.item()

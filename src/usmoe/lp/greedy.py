@@ -53,6 +53,16 @@ def midway(last: Float[Tensor, "..."], first_out: Float[Tensor, "..."]) -> Float
     return torch.where(last == torch.inf, last, middle)
 
 
+def in_order(scores: Float[Tensor, "..."], dim: int) -> tuple[Float[Tensor, "..."], Int[Tensor, "..."]]:
+    """The scores along a dimension, descending, and the rank of each entry in that order, from 0; of two equal ones the
+    lower index is first."""
+    ordered, order = scores.sort(dim=dim, descending=True, stable=True)
+    shape = [1] * scores.ndim
+    shape[dim] = -1
+    step = torch.arange(scores.shape[dim], device=scores.device).view(shape).expand_as(order)
+    return ordered, torch.empty_like(order).scatter(dim, order, step)
+
+
 @torch.no_grad()
 def within(
     scores: Float[Tensor, "G S E"],
@@ -67,11 +77,7 @@ def within(
     Without a budget, what exceeds the floors is taken while it scores above 0. A pair of score -inf is taken where
     nothing else meets a floor or the budget. Ties: the lower flat index wins.
     """
-    order = scores.argsort(dim=dim, descending=True, stable=True)
-    shape = [1] * scores.ndim
-    shape[dim] = -1
-    step = torch.arange(scores.shape[dim], device=scores.device).view(shape).expand_as(order)
-    rank = torch.empty_like(order).scatter(dim, order, step)
+    _, rank = in_order(scores, dim)
     forced = rank < floors.unsqueeze(dim)
     optional = ~forced & (rank < caps.unsqueeze(dim))
     if budget is None:

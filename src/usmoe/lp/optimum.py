@@ -9,7 +9,7 @@ from torch import Tensor
 from usmoe.lp.bounds import Bounds
 from usmoe.lp.exchange import Exchange
 from usmoe.lp.greedy import midway, within
-from usmoe.lp.prices import expert_prices
+from usmoe.lp.prices import expert_prices, finite_range
 
 _TRACE = 1e-10
 """Of the size of the scores: what two selections may differ by, a pair, and count as equal."""
@@ -46,14 +46,25 @@ def best_pairs(
 def _of_columns(scores: Tensor, mask: Tensor, bounds: Bounds) -> Tensor:
     """Prices where the experts alone are bound: how far the cut of an expert that is held by its floor or its cap lies
     from that of the others together."""
-    (floors, caps), load = bounds.experts, mask.sum(1)
-    held = ((load == caps) & (caps < scores.shape[1])) | ((load == floors) & (floors > 0))
-    last = scores.masked_fill(~mask, torch.inf).amin(1)
-    first_out = scores.masked_fill(mask, -torch.inf).amax(1)
+    last, first_out, held = edges(scores, mask, bounds)
     free = last.masked_fill(held, torch.inf).amin(1), first_out.masked_fill(held, -torch.inf).amax(1)
     own, level = (midway(low, high.minimum(low)) for low, high in ((last, first_out), free))
     level = level.where(level.isfinite(), 0.0)[:, None]
     return torch.where(held & own.isfinite(), own - level, 0.0)
+
+
+def edges(
+    scores: Float[Tensor, "G S E"], mask: Bool[Tensor, "G S E"], bounds: Bounds
+) -> tuple[Float[Tensor, "G E"], Float[Tensor, "G E"], Bool[Tensor, "G E"]]:
+    """Of each expert: its lowest score that a token could drop (+inf where there is none), its highest that a token
+    could take (-inf), and whether its floor or its cap holds it. What a token could do, its own bounds say."""
+    (floors, caps), (least, most) = bounds.tokens, bounds.experts
+    count, load = mask.sum(2), mask.sum(1)
+    could_drop = mask & (count > floors)[..., None]
+    could_take = ~mask & (count < caps)[..., None]
+    held = ((load == most) & (most < scores.shape[1])) | ((load == least) & (least > 0))
+    last = scores.masked_fill(~could_drop, torch.inf).amin(1)
+    return last, scores.masked_fill(~could_take, -torch.inf).amax(1), held
 
 
 def _priced(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,9 +128,7 @@ def _in_whole_numbers(scores: Tensor, as_they_are: bool) -> tuple[Tensor, Tensor
     that low indices outweigh middle ones.
     """
     never = scores == -torch.inf
-    low = scores.masked_fill(never, torch.inf).amin((1, 2))
-    high = scores.amax((1, 2))
-    low, high = low.where(low < torch.inf, 0.0), high.where(high > -torch.inf, 0.0)
+    low, high = finite_range(scores)
     middle = torch.zeros_like(low) if as_they_are else (low + high) / 2
     most = (high - middle).maximum(middle - low)
     most = torch.where(most > 0, most, 1.0)

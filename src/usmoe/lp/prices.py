@@ -34,9 +34,7 @@ def expert_prices(scores: Float[Tensor, "G S E"], bounds: Bounds) -> Float[Tenso
     """
     last = min(max(8 / max(scores[0].numel(), 1), 1e-5), 1e-2)
     allowed = scores > -torch.inf
-    low = scores.masked_fill(~allowed, torch.inf).amin((1, 2), keepdim=True)
-    high = scores.amax((1, 2), keepdim=True)
-    low, high = low.where(low < torch.inf, 0.0), high.where(high > -torch.inf, 0.0)
+    low, high = (edge[:, None, None] for edge in finite_range(scores))
     if bounds.budget is None:  # scores have a meaning of their own: 0 is the score of no pair
         low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
@@ -64,6 +62,13 @@ def expert_prices(scores: Float[Tensor, "G S E"], bounds: Bounds) -> Float[Tenso
     price = torch.where(price.abs() < 2 * tau[:, None], 0.0, price)  # a slack bound has a price of about tau / slack
     most = 2 * (scores.shape[2] + 2)  # no chain of exchanges is worth more
     return price.clamp(-most, most) * scale.squeeze(2)
+
+
+def finite_range(scores: Float[Tensor, "G S E"]) -> tuple[Float[Tensor, " G"], Float[Tensor, " G"]]:
+    """The lowest and the highest score of each pool that is not -inf; 0 where there is none."""
+    low = scores.masked_fill(scores == -torch.inf, torch.inf).amin((1, 2))
+    high = scores.amax((1, 2))
+    return low.where(low < torch.inf, 0.0), high.where(high > -torch.inf, 0.0)
 
 
 Point = tuple[Tensor, Tensor, Tensor]

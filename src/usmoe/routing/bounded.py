@@ -11,13 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from usmoe.lp.bounds import Bounds
-from usmoe.lp.greedy import midway, top
-from usmoe.lp.optimum import best_pairs
+from usmoe.lp.greedy import midway
+from usmoe.lp.optimum import best_pairs, edges
 from usmoe.routing.host import ROUTE, Host
 from usmoe.routing.pools import Pools, pools
 from usmoe.routing.router import Segments, competing, experts_per_token, is_number, refuse_state
-from usmoe.routing.select import budget, whole
-from usmoe.routing.streaming import own_order
+from usmoe.routing.select import budget, cut_above_floors, whole
 from usmoe.routing.unified_score import UnifiedScore
 from usmoe.types import Promises, Routing
 
@@ -59,11 +58,7 @@ class BoundedChoice(UnifiedScore):
                 f"per_expert={self.per_expert} are multiples of an expert's even share. Choose lo <= 1 <= hi, so that "
                 "any number of tokens can be routed."
             )
-        if self.expert_score == "softmax_tokens" and self.pool == "token":
-            raise ValueError(
-                "expert_score=softmax_tokens needs a pool of tokens, and pool=token has none. "
-                "Choose pool=sequence, batch or time_step, or another expert_score."
-            )
+        self._refuse_score_of_a_pool(self.pool, without=("token",))
         if isinstance(self.k, int | float):
             self._refuse_k_outside(self.k)
 
@@ -164,21 +159,12 @@ def _cut(scores: Tensor, chosen: Tensor, prices: Tensor, bounds: Bounds) -> Floa
 
     Where an expert is held by its floor or its cap, its price may be anything between two of its scores: the middle.
     """
-    (floors, caps), (least, most) = bounds.tokens, bounds.experts
     net, finite = scores - prices[:, None], scores > -torch.inf
-    forced = finite & (own_order(net, finite)[1] < floors[..., None])
-    optional = (finite & ~forced).flatten(1)
     assert bounds.budget is not None
-    left = (bounds.budget - forced.sum((1, 2))).clamp(min=0)
-    _, level = top(net.flatten(1), optional, left)
-    out_of_reach = net.flatten(1).masked_fill(~optional, -torch.inf).amax(1)
-    level = torch.where(left > 0, level, out_of_reach)[:, None] + prices
+    level, optional = cut_above_floors(net, finite, bounds.tokens[0], bounds.budget)
+    out_of_reach = net.masked_fill(~optional, -torch.inf).amax((1, 2))
+    level = torch.where(level < torch.inf, level, out_of_reach)[:, None] + prices
 
-    count, load = chosen.sum(2), chosen.sum(1)
-    could_drop = chosen & (count > floors)[..., None]
-    could_take = ~chosen & (count < caps)[..., None] & finite
-    last = scores.masked_fill(~could_drop, torch.inf).amin(1)
-    first_out = scores.masked_fill(~could_take, -torch.inf).amax(1)
+    last, first_out, held = edges(scores, chosen, bounds)
     middle = midway(last, first_out.minimum(last))
-    held = ((load == most) & (most < scores.shape[1])) | ((load == least) & (least > 0))
     return torch.where(held & middle.isfinite(), middle, level)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from usmoe.lp.greedy import top
+from usmoe.lp.greedy import in_order, top
 
 
 def budget(k: float, tokens: Int[Tensor, " G"]) -> Int[Tensor, " G"]:
@@ -33,6 +33,30 @@ def per_expert(
 
     mask, cut = top(columns(scores), columns(eligible), count.repeat_interleave(experts))
     return mask.view(pools, experts, size).transpose(1, 2), cut.view(pools, experts)
+
+
+@torch.no_grad()
+def own_order(
+    scores: Float[Tensor, "... E"], eligible: Bool[Tensor, "... E"]
+) -> tuple[Float[Tensor, "... E"], Int[Tensor, "... E"]]:
+    """The scores of each token, descending, -inf for the pairs that cannot be chosen; and the rank of each pair in that
+    order, from 0; of two equal pairs the lower expert is first."""
+    return in_order(scores.masked_fill(~eligible, -torch.inf), -1)
+
+
+@torch.no_grad()
+def cut_above_floors(
+    scores: Float[Tensor, "G S E"],
+    eligible: Bool[Tensor, "G S E"],
+    floors: Int[Tensor, "G S"],
+    count: Int[Tensor, " G"],
+) -> tuple[Float[Tensor, " G"], Bool[Tensor, "G S E"]]:
+    """The cut of the best pairs, `count` in all, where every token has its floor first (+inf where the floors spend it
+    all); and the pairs beyond the floors."""
+    forced = eligible & (own_order(scores, eligible)[1] < floors.unsqueeze(-1))
+    optional = eligible & ~forced
+    _, cut = top(scores.flatten(1), optional.flatten(1), (count - forced.sum((1, 2))).clamp(min=0))
+    return cut, optional
 
 
 def whole(k: float, what: str) -> int:

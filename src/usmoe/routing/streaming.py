@@ -158,17 +158,6 @@ def _last_scores(old: Tensor, where: Tensor, scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def own_order(
-    scores: Float[Tensor, "... E"], eligible: Bool[Tensor, "... E"]
-) -> tuple[Float[Tensor, "... E"], Int[Tensor, "... E"]]:
-    """The scores of each token, descending, -inf for the pairs that cannot be chosen; and the rank of each pair in that
-    order, from 0; of two equal pairs the lower expert is first."""
-    ordered, order = scores.masked_fill(~eligible, -torch.inf).sort(dim=-1, descending=True, stable=True)
-    step = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return ordered, torch.empty_like(order).scatter(-1, order, step)
-
-
-@torch.no_grad()
 def spend(
     count: Int[Tensor, "G S"], place: Int[Tensor, "G S"], used: Int[Tensor, " G"], k: float, burst: float
 ) -> Int[Tensor, "G S"]:

@@ -15,8 +15,8 @@ from usmoe.routing.host import ROUTE, Host
 from usmoe.routing.pools import Pools, pools
 from usmoe.routing.prefix import cut_of, merged, prefix
 from usmoe.routing.router import Segments, competing, experts_per_token, is_number, refuse_state
-from usmoe.routing.select import budget, whole
-from usmoe.routing.streaming import Runs, Stream, check_state, own_order, runs, spend
+from usmoe.routing.select import budget, own_order, whole
+from usmoe.routing.streaming import Runs, Stream, check_state, runs, spend
 from usmoe.routing.threshold import as_values, check_threshold, thresholds
 from usmoe.routing.unified_score import UnifiedScore
 from usmoe.types import Promises, Routing
@@ -63,11 +63,7 @@ class USMoE(UnifiedScore):
             raise ValueError(f"mask_padding={self.mask_padding!r} is neither True nor False. Choose one of them.")
         if self.pool == "token" and isinstance(self.k, int | float):
             whole(self.k, "pool=token")
-        if self.expert_score == "softmax_tokens" and self.pool in _CAUSAL:
-            raise ValueError(
-                f"expert_score=softmax_tokens needs a pool of tokens that are all there, and pool={self.pool} has "
-                "none. Choose pool=sequence, batch or time_step, or another expert_score."
-            )
+        self._refuse_score_of_a_pool(self.pool, without=_CAUSAL)
         check_threshold(self.threshold, self.pool)
         self._check_bucket()
 

@@ -36,6 +36,14 @@ class UnifiedScore(Router):
         if self.alpha is not None and not (is_number(self.alpha) and 0 <= self.alpha <= 1):
             raise ValueError(f"alpha={self.alpha!r} is not a share. Choose 0 <= alpha <= 1.")
 
+    def _refuse_score_of_a_pool(self, pool: str, without: tuple[str, ...]) -> None:
+        """Raise ValueError where the expert score needs all tokens of a pool, and `pool` is one `without` them."""
+        if self.expert_score == "softmax_tokens" and pool in without:
+            raise ValueError(
+                f"expert_score=softmax_tokens needs a pool of tokens that are all there, and pool={pool} has none. "
+                "Choose pool=sequence, batch or time_step, or another expert_score."
+            )
+
     def unified_scores(
         self, flat: Float[Tensor, "T E"], group: Pools, host: Host
     ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
