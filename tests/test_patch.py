@@ -281,15 +281,20 @@ def test_a_mask_is_forgotten_when_the_forward_is_over():
     assert torch.equal(model.model(x).last_hidden_state, before)
 
 
-def test_a_mask_that_cannot_be_read_is_refused_where_tokens_compete():
+def test_a_mask_of_four_dimensions_is_read_and_one_that_cannot_be_read_is_refused_where_tokens_compete():
     model = tiny()
-    x = tokens()
-    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    x, mask = padded()
+    real = mask.bool()
     usmoe.patch(model, usmoe.USMoE(k=1.5))
-    with pytest.raises(ValueError, match="which tokens are padding"):
-        model(x, attention_mask=mask)
-    usmoe.patch(model, usmoe.OwnChoice())
-    assert torch.allclose(model(x, attention_mask=mask).logits, model(x).logits, atol=1e-5)
+    before = model(x, attention_mask=mask).logits[real]
+    looks = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril() & real[:, None, None, :]
+    for wide in (looks, torch.zeros(looks.shape).masked_fill(~looks, torch.finfo(torch.float32).min)):
+        assert torch.allclose(model(x, attention_mask=wide).logits[real], before, atol=1e-5)
+    for bad in (torch.ones(2, 7), torch.ones(3, 12), torch.ones(2, 12, 12)):
+        with pytest.raises(ValueError, match="which tokens are padding") as refused:
+            model(x, attention_mask=bad)
+        assert str(tuple(bad.shape)) in str(refused.value)
+    assert torch.equal(model(x, attention_mask=mask).logits[real], before)
 
 
 def test_two_models_of_one_configuration_do_not_disturb_each_other():
@@ -397,17 +402,40 @@ def test_bad_requests_are_refused_in_a_sentence_and_change_nothing():
     assert torch.equal(model(x).logits, before)
 
 
-def test_their_balance_loss_is_refused_under_another_route():
-    model = tiny()
+def test_the_balance_loss_follows_the_real_route():
+    model = tiny().train()
+    x, mask = padded()
+    labels = x.masked_fill(mask * mask.roll(1, 1) == 0, -100)  # nothing is asked of padding
+    given = dict(attention_mask=mask, labels=labels, output_router_logits=True)
+    theirs = model(x, **given)
+    usmoe.patch(model, usmoe.TokenChoice(k=4))  # the model's own rule, but as a route of ours
+    ours = model(x, **given)
+    torch.testing.assert_close(ours.aux_loss, theirs.aux_loss)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    assert len(ours.router_logits) == len(theirs.router_logits)
+    real = mask.bool().reshape(-1)
+    for one, other in zip(ours.router_logits, theirs.router_logits, strict=True):
+        torch.testing.assert_close(one[real], other[real])
+    usmoe.patch(model, usmoe.USMoE(k=1))
+    with usmoe.record(model) as trace:
+        fewer = model(x, **given)
+    load = sum(said.routing.load for said in trace.last.values()) / real.sum() / 2
+    likely = sum(said.logits.flatten(0, 1).softmax(-1)[real].mean(0) for said in trace.last.values()) / 2
+    torch.testing.assert_close(fewer.aux_loss, 8 * (load * likely).sum())
+    plain = model(x, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(fewer.loss, plain + model.router_aux_loss_coef * fewer.aux_loss)
+    (gradient,) = torch.autograd.grad(fewer.aux_loss, model.model.layers[0].mlp.gate.weight)
+    assert gradient.abs().sum() > 0
+    with pytest.raises(ValueError, match="Leave return_dict out"):
+        model(x, **given, return_dict=False)
+    assert model(x, attention_mask=mask, labels=x).aux_loss is None
+
+
+def test_the_balance_loss_that_a_configuration_asks_for_is_ours_too():
+    model = tiny(output_router_logits=True)
     x = tokens()
-    usmoe.patch(model, usmoe.USMoE(k=2))
-    with pytest.raises(ValueError, match="assumes token choice"):
-        model(x, labels=x, output_router_logits=True)
-    out = model(x, output_router_logits=True)
-    assert out.router_logits is not None
-    assert out.aux_loss is None  # computed for token choice, so it says nothing here
-    usmoe.patch(model, usmoe.OwnChoice(k=1))
-    with pytest.raises(ValueError, match="assumes token choice"):
-        model(x, labels=x, output_router_logits=True)
+    theirs = model(x, labels=x).aux_loss
+    usmoe.patch(model, usmoe.USMoE(k=1))
+    assert model(x, labels=x).aux_loss < theirs / 2
     usmoe.patch(model, usmoe.OwnChoice())
-    assert model(x, labels=x, output_router_logits=True).aux_loss is not None
+    assert torch.equal(model(x, labels=x).aux_loss, theirs)

@@ -33,7 +33,7 @@ def supported(model: PreTrainedModel) -> list[LayerSupport]:
                 layer=layer.name,
                 family=str(model.config.model_type),
                 experts=layer.num_experts,
-                own_choice=None if layer.host is None else str(layer.host),
+                own_choice=None if layer.rule is None else str(layer.host),
                 supported=layer.reason is None,
                 reason=layer.reason,
             )

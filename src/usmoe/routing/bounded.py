@@ -108,7 +108,7 @@ class BoundedChoice(UnifiedScore):
         flat, competes = competing(logits, valid)
         group = pools(self.pool, batch, length, competes, segments)
         scores, ranked = self.unified_scores(flat, group, host)
-        mask, cut = self._select(ranked.detach(), flat > -torch.inf, group, k)
+        mask, cut = self._select(ranked.detach(), ranked > -torch.inf, group, k)
         weights = self.weights(scores, mask, host)
         return Routing.from_dense(weights, mask, cut=cut, valid=valid, sequences=batch)
 

@@ -52,6 +52,27 @@ def scaled_sigmoid(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
     return sigmoid(logits) * (2.0 / logits.shape[-1])
 
 
+def softplus(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    """log(1 + exp(logit)) of each logit by itself."""
+    return torch.nn.functional.softplus(_widened(logits)).to(logits.dtype)
+
+
+def sqrtsoftplus(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    """The square root of softplus (DeepSeek-V4's score)."""
+    return torch.nn.functional.softplus(_widened(logits)).sqrt().to(logits.dtype)
+
+
+def sparse_mixer(logits: Float[Tensor, "... E"], jitter: float) -> Float[Tensor, "... E"]:
+    """Of each expert: its softmax among itself and the lower logits that are within 2*jitter of its own, relative to
+    the larger of the two (SparseMixer-v2 at inference, arXiv 2409.12136; PhiMoE)."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    own, other = ordered.unsqueeze(-1), ordered.unsqueeze(-2)
+    far = (own - other) / other.abs().maximum(own) > 2 * jitter
+    lower = torch.ones_like(far).triu()
+    shares = masked_softmax(other.expand_as(far), lower & ~far, -1).diagonal(dim1=-2, dim2=-1)
+    return torch.zeros_like(logits).scatter(-1, order, shares)
+
+
 def softmax_tokens(logits: Float[Tensor, "T E"], pools: Pools) -> Float[Tensor, "T E"]:
     """Softmax over the tokens of a pool, for each expert by itself (the paper's f_e, Definition 3.2)."""
     pooled = pools.gather(logits)  # (G, S, E)
@@ -65,6 +86,9 @@ def _alone(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Pools], Tenso
 
 TOKEN_SCORES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}
 """Scores that look at one token alone."""
+
+HOST_SCORES = TOKEN_SCORES | {"softplus": softplus, "sqrtsoftplus": sqrtsoftplus}
+"""Scores that a pretrained model may have."""
 
 EXPERT_SCORES: dict[str, Callable[[Tensor, Pools], Tensor]] = {
     "scaled_sigmoid": _alone(scaled_sigmoid),

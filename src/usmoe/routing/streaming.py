@@ -6,6 +6,7 @@ segment alone, and a new segment begins anew.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,12 @@ class Stream:
         kept = None if self.scores is None else self.scores.to(scores)
         counts = {name: getattr(self, name).to(scores.device) for name in ("tokens", "used", "segment")}
         return Stream(**counts, experts=self.experts, scores=kept)
+
+    def select(self, index: Int[Tensor, " N"]) -> Stream:
+        """The state of the sequences of that index, in that order: for beam search."""
+        kept = {name: getattr(self, name) for name in ("tokens", "used", "segment", "scores")}
+        chosen = {name: None if x is None else x.index_select(0, index.to(x.device)) for name, x in kept.items()}
+        return dataclasses.replace(self, **chosen)
 
 
 def check_state(state: Any, router: Any, batch: int, experts: int, remembers_scores: bool) -> None:

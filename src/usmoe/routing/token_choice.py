@@ -64,7 +64,8 @@ class TokenChoice(Router):
             scores = ranked = TOKEN_SCORES[self.score](flat)
         if self.score_order == "topk_then_score":
             ranked = flat
-        mask, cut = top(ranked, (flat > -torch.inf) & competes.reshape(-1, 1), competes.reshape(-1) * k)
+        eligible = (flat > -torch.inf) & (ranked > -torch.inf) & competes.reshape(-1, 1)
+        mask, cut = top(ranked, eligible, competes.reshape(-1) * k)
         if self.score_order == "topk_then_score":  # the score sees the chosen alone
             softmax = (self.score or host.score) == "softmax"
             scores = masked_softmax(flat, mask, -1) if softmax else scores.where(mask, 0)

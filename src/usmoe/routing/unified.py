@@ -130,7 +130,7 @@ class USMoE(UnifiedScore):
         flat, competes = competing(logits, valid, self.mask_padding)
         group = pools("token" if self.pool in _CAUSAL else self.pool, batch, length, competes, segments)
         scores, ranked = self.unified_scores(flat, group, host)
-        eligible = (flat > -torch.inf) & competes.reshape(-1, 1)
+        eligible = (ranked > -torch.inf) & competes.reshape(-1, 1)
         if self.remembers:
             check_state(state, self, batch, experts, self.pool == "prefix")
             if state is None:

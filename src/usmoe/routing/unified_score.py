@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -47,16 +48,17 @@ class UnifiedScore(Router):
     def unified_scores(
         self, flat: Float[Tensor, "T E"], group: Pools, host: Host
     ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
-        """The unified score that weighs, and the one that ranks (they differ by the host's correction bias alone)."""
+        """The unified score that weighs, and the one that ranks: with the host's correction bias on top, and -inf for
+        pairs that cannot be chosen (a logit of -inf; an expert outside of the groups that the host allows)."""
         alpha = host.alpha if self.alpha is None else self.alpha
-        if self.token_score is None:
-            scores, ranked = host.weighing_scores(flat), host.ranking_scores(flat)
-        else:
-            scores = ranked = TOKEN_SCORES[self.token_score](flat)
-        if not alpha:
-            return scores, ranked
-        expert = alpha * EXPERT_SCORES[self.expert_score](flat, group)
-        return (1 - alpha) * scores + expert, (1 - alpha) * ranked + expert
+        own = self.token_score is None
+        scores = host.weighing_scores(flat) if own else TOKEN_SCORES[self.token_score](flat)
+        ranked = host.competing_scores(flat) if own else scores
+        if alpha:
+            expert = alpha * EXPERT_SCORES[self.expert_score](flat, group)
+            scores, ranked = (1 - alpha) * scores + expert, (1 - alpha) * ranked + expert
+        ranked = host.limited(ranked, flat) if own else ranked
+        return scores, ranked.masked_fill(flat == -torch.inf, -torch.inf)
 
     def weights(self, scores: Float[Tensor, "T E"], mask: Bool[Tensor, "T E"], host: Host) -> Float[Tensor, "T E"]:
         """The weights of the chosen pairs, read where the mask is True."""

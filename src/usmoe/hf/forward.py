@@ -1,0 +1,249 @@
+"""What a patched model does in a forward: the hooks that `patch` installs.
+
+On the way in, the model's mask says which tokens are padding, and its cache what the routers remember. In each MoE
+layer, what the router module returns is replaced by our pairs, which the block hands on, untouched, to our function in
+transformers' experts interface. On the way out, the cache takes what the routers will remember, and a balance loss that
+was asked for is computed of the pairs that were routed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from usmoe.hf.layers import Layer
+from usmoe.hf.masks import UnreadableMaskError, real_tokens
+from usmoe.hf.memory import cached_length, is_cache, recall, remember
+from usmoe.layers.balance import balance_loss
+from usmoe.layers.cut import MovingCut
+from usmoe.routing import OwnChoice
+from usmoe.routing.router import call
+from usmoe.types import RouterOutput, Routing, is_causal
+
+Listener = Callable[[str, RouterOutput], None]
+"""Called with the name of a layer and what its router said."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Forward:
+    """The forward in progress, or the last one: gradient checkpointing runs layers again after it."""
+
+    shape: tuple[int, int] | None = None
+    """(B, L) of its tokens."""
+    valid: Tensor | None = None
+    """(B, L), False for padding."""
+    around: list[tuple[tuple[int, int] | None, Tensor | None]] = field(default_factory=list)
+    """Shape and padding around each of the models that are running, from the outermost."""
+    grids: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(B, L) of each block's input, where it has that shape."""
+    remembered: Mapping[str, Any] = field(default_factory=dict)
+    """The states with which the layers' routers begin."""
+    states: dict[str, Any] = field(default_factory=dict)
+    """Those with which they end."""
+    said: list[RouterOutput] | None = None
+    """Kept where a balance loss is to be computed."""
+
+    @property
+    def running(self) -> bool:
+        """Whether a model's forward is in progress, and not a block by itself."""
+        return bool(self.around)
+
+
+@dataclass(kw_only=True, eq=False)
+class Patch:
+    """What a patched model carries: enough to route, to listen, and to undo it all."""
+
+    layers: list[Layer]
+    routers: list[Any]
+    token: object
+    """Who made it: a patch that is put back has the token that it had."""
+    configs: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    """Experts modules, each with the configuration to restore."""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """Attributes of the model that were set, each with what it was, or None."""
+    handles: list[Any] = field(default_factory=list)
+    listeners: list[Listener] = field(default_factory=list)
+    cuts: list[MovingCut] = field(default_factory=list)
+    """Of each layer: where its selections fell in training."""
+    forward: Forward = field(default_factory=Forward)
+    warned: bool = False
+    """Whether generate() has said that a router looks ahead."""
+
+    @property
+    def others(self) -> list[Any]:
+        """The routers that are not the model's own choice, as it is."""
+        return [router for router in self.routers if router != OwnChoice()]
+
+
+@torch.compiler.disable
+def enter(
+    state: Patch, signature: inspect.Signature, outermost: bool, module: nn.Module, args: Any, kwargs: Any
+) -> tuple[Any, Any] | None:
+    """Before a model's forward. An inner model that is handed no mask (or one that the outer has already worked into
+    another form) leaves what the outer said."""
+    arguments = signature.bind_partial(*args, **kwargs).arguments
+    begins = outermost or not state.forward.running  # an inner model may be called by itself
+    if begins:
+        state.forward = Forward(grids=state.forward.grids)
+    now = state.forward
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    tokens = next((arguments[name] for name in names if isinstance(arguments.get(name), Tensor)), None)
+    mask = arguments.get("attention_mask")
+    cache = arguments.get("past_key_values")
+    shape = now.shape if tokens is None else (tokens.shape[0], tokens.shape[1])
+    now.around.append((now.shape, now.valid))
+    if begins:
+        now.valid = _real(state, mask, shape, cached_length(cache))
+        now.remembered = recall(cache, state.routers) if is_cache(cache) else {}
+    elif isinstance(mask, Tensor) and mask.ndim == 2:
+        now.valid = _real(state, mask, shape, 0)
+    elif shape != now.shape and now.shape is not None:  # a decoder with tokens of its own
+        now.valid = None
+    now.shape = shape
+    every = arguments | arguments.get("kwargs", {})
+    if outermost and _their_balance_loss(state, module, every):
+        if every.get("return_dict") is False:
+            raise ValueError(
+                f"output_router_logits with return_dict=False leaves no place for the balance loss of {state.others[0]}. "
+                "Leave return_dict out."
+            )
+        now.said = []
+        return args, kwargs | {"output_router_logits": False}
+    return None
+
+
+def _real(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int) -> Tensor | None:
+    """Which tokens are real. Where tokens compete, padding must be known; a router that looks at one token alone may do
+    without."""
+    if mask is None:
+        return None
+    try:
+        if shape is None:
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                return mask.bool()
+            raise UnreadableMaskError("without input_ids or inputs_embeds beside it")
+        return real_tokens(mask, *shape, past)
+    except UnreadableMaskError as error:
+        for router in state.routers:
+            if not is_causal(router) or getattr(router, "remembers", False):
+                raise ValueError(
+                    f"usmoe cannot tell from an attention mask {error} which tokens are padding, and under {router} "
+                    "padding would compete. Give attention_mask (sequences, tokens), 0 for padding."
+                ) from None
+        return None
+
+
+def _their_balance_loss(state: Patch, module: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether the model would compute a balance loss that assumes token choice, while another router routes."""
+    asked = arguments.get("output_router_logits")
+    asked = getattr(module.config, "output_router_logits", False) if asked is None else asked
+    return bool(asked and state.others and _coefficient(module) is not None)
+
+
+def _coefficient(module: Any) -> float | None:
+    """What the model's own balance loss is multiplied by; None for a model that has none."""
+    text = getattr(module.config, "text_config", None)
+    for holder in (module, module.config, text):
+        found = getattr(holder, "router_aux_loss_coef", None)
+        if isinstance(found, int | float):
+            return float(found)
+    return None
+
+
+@torch.compiler.disable
+def leave(state: Patch, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """After a model's forward, also one that failed (then there is no output)."""
+    now = state.forward
+    if len(now.around) > 1:
+        now.shape, now.valid = now.around.pop()
+        return output
+    now.around.clear()  # what the tokens were stays known: gradient checkpointing runs the layers again
+    if output is None:
+        return None
+    if now.states:
+        given = (*kwargs.values(), *args)
+        made = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        cache = next((value for value in (*given, *made) if is_cache(value)), None)
+        if cache is not None:
+            remember(cache, state.routers, {**now.remembered, **now.states})
+    if now.said is not None and isinstance(output, Mapping):
+        output = _with_our_balance_loss(output, now.said, _coefficient(module) or 0.0)
+        now.said = None
+    return output
+
+
+def _with_our_balance_loss(output: Any, said: list[RouterOutput], coefficient: float) -> Any:
+    loss = balance_loss(said)
+    output["router_logits"] = tuple(one.logits.flatten(0, 1) for one in said)
+    output["aux_loss"] = loss
+    if output.get("loss") is not None:
+        output["loss"] = output["loss"] + coefficient * loss.to(output["loss"].device)
+    return output
+
+
+@torch.compiler.disable
+def learn_grid(state: Patch, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
+    """Before a block: how many sequences of how many tokens it is given."""
+    hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+    if isinstance(hidden, Tensor) and hidden.ndim == 3:
+        state.forward.grids[name] = (hidden.shape[0], hidden.shape[1])
+    else:
+        state.forward.grids.pop(name, None)
+
+
+@torch.compiler.disable  # the pairs are data: compiled code breaks its graph here
+def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tuple) -> tuple:
+    """After a router module: our pairs in place of its own."""
+    layer, router, now = state.layers[index], state.routers[index], state.forward
+    rule = layer.rule
+    assert rule is not None
+    flat = rule.outputs.read_logits(output)
+    (batch, length), valid = _grid(state, layer, router, len(flat))
+    logits = flat.view(batch, length, -1)
+    valid = None if valid is None else valid.to(logits.device)
+    # a model routes its padding, too, and in some it reaches the real tokens: under its own rule, all is as it was
+    competes = None if isinstance(router, OwnChoice) else valid
+    routing = call(router, logits, competes, host=rule.live, state=now.remembered.get(layer.name))
+    if routing.state is not None:
+        now.states[layer.name] = routing.state
+    if module.training and not is_causal(router):
+        state.cuts[index].update(routing.cut, router)
+    routing, output = rule.hand_on(output, routing, flat)
+    if valid is not None and competes is None:
+        routing = _of_real_tokens(routing, valid.reshape(-1))
+    said = RouterOutput(routing=routing, logits=logits)
+    if now.said is not None and now.running:
+        now.said.append(said)
+    for listener in state.listeners:
+        listener(layer.name, said)
+    return output
+
+
+def _of_real_tokens(routing: Routing, valid: Tensor) -> Routing:
+    kept = valid[routing.token]
+    pairs = {name: getattr(routing, name)[kept] for name in ("token", "expert", "weight")}
+    return dataclasses.replace(routing, **pairs, valid=valid)
+
+
+def _grid(state: Patch, layer: Layer, router: Any, tokens: int) -> tuple[tuple[int, int], Tensor | None]:
+    """(B, L) of the tokens that a layer sees, and which are real. Some blocks flatten their tokens, or see but some of
+    them (a vision tower's, say)."""
+    now = state.forward
+    shapes = [now.shape] if now.running or now.valid is not None else []
+    shapes += [now.grids.get(layer.name), now.shape]
+    found = next((shape for shape in shapes if shape is not None and shape[0] * shape[1] == tokens), (1, tokens))
+    if now.valid is None or tuple(now.valid.shape) == found:
+        return found, now.valid
+    if is_causal(router) and not getattr(router, "remembers", False):
+        return found, None
+    raise ValueError(
+        f"{layer.name} sees {found[0]} x {found[1]} tokens, but the model was given {tuple(now.valid.shape)}, and "
+        f"usmoe cannot tell which of them are padding. Under {router} they compete: use a threshold, which looks at "
+        "each by itself."
+    )

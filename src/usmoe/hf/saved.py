@@ -1,0 +1,84 @@
+"""Routers in a model's configuration: written by save_pretrained() of a patched model, read by from_pretrained()."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from usmoe.routing import parse_router
+from usmoe.routing.router import Router
+
+SCHEMA = 1
+"""Version of config.usmoe. A later one is refused, since its routers may mean something else."""
+
+_KEY = "usmoe"
+
+
+@contextlib.contextmanager
+def written(config: Any, routers: Mapping[str, Any]) -> Iterator[None]:
+    """The configuration with the routers in it, for the length of the with block."""
+    missing = object()
+    before = config.__dict__.get(_KEY, missing)
+    setattr(config, _KEY, {"schema": SCHEMA, "routers": {name: _as_data(router) for name, router in routers.items()}})
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(config, _KEY)
+        else:
+            setattr(config, _KEY, before)
+
+
+def _as_data(router: Any) -> dict[str, Any]:
+    """A router as JSON. Code of the user's own is named, and not run when it is read."""
+    if isinstance(router, Router):
+        return router.to_dict()
+    where = getattr(router, "__qualname__", type(router).__qualname__)
+    return {"router": None, "own": f"{getattr(router, '__module__', None) or type(router).__module__}:{where}"}
+
+
+def routers_of(config: Any, source: str) -> dict[str, Any] | None:
+    """{layer name: router} as a configuration holds it; None where it holds none.
+
+    Raises ValueError for a newer schema, for a router of somebody's own code, and for what is no router.
+    """
+    data = getattr(config, _KEY, None)
+    if data is None:
+        return None
+    if not isinstance(data, Mapping) or not isinstance(data.get("routers"), Mapping) or "schema" not in data:
+        raise ValueError(f"config.usmoe of {source} holds no routers. Give usmoe.from_pretrained() a router instead.")
+    if data["schema"] != SCHEMA:
+        raise ValueError(
+            f"config.usmoe of {source} has schema {data['schema']}, and this usmoe reads schema {SCHEMA}. Update usmoe "
+            "(pip install -U usmoe), or give usmoe.from_pretrained() a router instead."
+        )
+    found = {}
+    for name, one in data["routers"].items():
+        if isinstance(one, Mapping) and one.get("router") is None and "own" in one:
+            raise ValueError(
+                f"{source} was saved under a router of its author's own, {one['own']}, which usmoe does not run from a "
+                "file. Give it: usmoe.from_pretrained(path, router=...)."
+            )
+        try:
+            found[name] = parse_router(one)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"config.usmoe of {source} holds no router for {name}: {error}") from error
+    return found
+
+
+def without_routers(config: Any) -> None:
+    """Drop the routers from a configuration: the model carries them now, and writes them again when it is saved."""
+    if _KEY in config.__dict__:
+        delattr(config, _KEY)
+
+
+def architecture(folder: Path) -> str | None:
+    """The class that a saved model names."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    named = json.loads(config.read_text(encoding="utf-8")).get("architectures") or [None]
+    return named[0]
