@@ -18,6 +18,7 @@ from usmoe.types import Promises, RouterOutput, Routing
 
 if TYPE_CHECKING:
     from usmoe.hf.calibrate import calibrate
+    from usmoe.hf.load import from_pretrained
     from usmoe.hf.patch import patch, patched, unpatch
     from usmoe.hf.record import record
     from usmoe.hf.supported import supported
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "calibrate": "usmoe.hf.calibrate",
+    "from_pretrained": "usmoe.hf.load",
     "patch": "usmoe.hf.patch",
     "patched": "usmoe.hf.patch",
     "record": "usmoe.hf.record",
@@ -47,6 +49,7 @@ __all__ = [
     "USMoE",
     "__version__",
     "calibrate",
+    "from_pretrained",
     "lp",
     "metrics",
     "parse_router",

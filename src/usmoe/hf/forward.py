@@ -110,8 +110,8 @@ def enter(
     if outermost and _their_balance_loss(state, module, every):
         if every.get("return_dict") is False:
             raise ValueError(
-                f"output_router_logits with return_dict=False leaves no place for the balance loss of {state.others[0]}. "
-                "Leave return_dict out."
+                f"output_router_logits with return_dict=False leaves no place for the balance loss under "
+                f"{state.others[0]}. Leave return_dict out."
             )
         now.said = []
         return args, kwargs | {"output_router_logits": False}

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from usmoe.hf.patch import patch, supported_layers
+from usmoe.hf.saved import routers_of, without_routers
 from usmoe.models import SHIPPED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +42,47 @@ def load_model(
     place = _known(device)
     loaded = _from_pretrained(AutoModelForCausalLM, "model", model, offline, dtype=DTYPES[dtype], use_safetensors=True)
     return loaded.to(place).eval()
+
+
+def from_pretrained(path: str | Path, router: Any = None, **options: Any) -> PreTrainedModel:
+    """A model that was saved while it was patched, patched again: the same logits, bit for bit.
+
+    path     a folder that save_pretrained() wrote, or a hub id
+    router   what to patch with instead of what config.usmoe says, as in `patch()`
+    options  for transformers' from_pretrained: dtype, device_map, quantization_config, ...
+
+    The class is the one that the model was saved as, the dtype the saved one. A model that was saved without routers
+    comes as it is, unless `router` is given. Only safetensors are read, and no code that a model brings is run.
+
+    Raises ValueError, in one sentence: for a newer schema of config.usmoe, for routers of other layers than the model
+    has, for a router of somebody's own code, and where the model cannot be loaded.
+    """
+    offline = bool(options.pop("local_files_only", False))
+    config = _from_pretrained(AutoConfig, "configuration", path, offline)
+    routers = routers_of(config, str(path)) if router is None else router
+    options = {"use_safetensors": True, "config": config} | options
+    model = _from_pretrained(_class_of(config), "model", path, offline, **options)
+    without_routers(model.config)
+    if router is None and routers is not None:
+        _refuse_other_layers(model, routers, str(path))
+    return model if routers is None else patch(model, routers)
+
+
+def _class_of(config: Any) -> Any:
+    """The class that a configuration names, where transformers has it; else the causal language model of its type."""
+    name = next(iter(getattr(config, "architectures", None) or ()), None)
+    found = getattr(transformers, name, None) if name else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModelForCausalLM
+
+
+def _refuse_other_layers(model: PreTrainedModel, routers: dict[str, Any], source: str) -> None:
+    names = [layer.name for layer in supported_layers(model)]
+    if set(names) != set(routers):
+        raise ValueError(
+            f"config.usmoe of {source} has routers for {len(routers)} layers, {min(routers, default='none')} among "
+            f"them, and the model has {len(names)} MoE layers, {names[0]} to {names[-1]}. Give a router instead: "
+            "usmoe.from_pretrained(path, router=...)."
+        )
 
 
 def _from_pretrained(auto: Any, what: str, model: str | Path | None, offline: bool, **options: Any) -> Any:

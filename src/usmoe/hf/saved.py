@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from usmoe.routing import parse_router
@@ -55,7 +53,7 @@ def routers_of(config: Any, source: str) -> dict[str, Any] | None:
             f"config.usmoe of {source} has schema {data['schema']}, and this usmoe reads schema {SCHEMA}. Update usmoe "
             "(pip install -U usmoe), or give usmoe.from_pretrained() a router instead."
         )
-    found = {}
+    found: dict[str, Any] = {}
     for name, one in data["routers"].items():
         if isinstance(one, Mapping) and one.get("router") is None and "own" in one:
             raise ValueError(
@@ -63,6 +61,8 @@ def routers_of(config: Any, source: str) -> dict[str, Any] | None:
                 "file. Give it: usmoe.from_pretrained(path, router=...)."
             )
         try:
+            if not isinstance(one, Mapping):  # a text could name code, and code is not run from a file
+                raise TypeError(f"{one!r} is no router.")
             found[name] = parse_router(one)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"config.usmoe of {source} holds no router for {name}: {error}") from error
@@ -73,12 +73,3 @@ def without_routers(config: Any) -> None:
     """Drop the routers from a configuration: the model carries them now, and writes them again when it is saved."""
     if _KEY in config.__dict__:
         delattr(config, _KEY)
-
-
-def architecture(folder: Path) -> str | None:
-    """The class that a saved model names."""
-    config = folder / "config.json"
-    if not config.is_file():
-        return None
-    named = json.loads(config.read_text(encoding="utf-8")).get("architectures") or [None]
-    return named[0]
