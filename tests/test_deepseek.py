@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import usmoe
-import usmoe.hf.deepseek
+from usmoe._autoregister import _Finder
 from usmoe.hf.deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekModel, DeepseekTokenizer
 
 PUBLISHED = {  # config.json of deepseek-ai/deepseek-moe-16b-base, key by key; the sizes are ours
@@ -71,11 +72,11 @@ VARIANTS = [
     {},
     {"norm_topk_prob": True},
     {"norm_topk_prob": True, "num_experts_per_tok": 1},  # the published code leaves the weight of a single expert
-    {"n_shared_experts": None},
+    {"n_shared_experts": None, "rms_norm_eps": 0.1},
     {"first_k_dense_replace": 0, "moe_layer_freq": 2},
     {"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None},
     {"num_key_value_heads": 2, "attention_bias": True, "tie_word_embeddings": True},
-    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
 ]
 
 
@@ -254,6 +255,25 @@ def test_the_published_configuration_is_read_as_it_is(folder):
     assert config.num_experts == 12  # by the name that transformers' own families use
     assert [config.is_moe(layer) for layer in range(3)] == [False, True, True]
     assert type(AutoModelForCausalLM.from_config(config)) is DeepseekForCausalLM
+
+
+def test_a_key_that_is_absent_means_what_it_means_to_the_published_code():
+    dense = DeepseekConfig(num_attention_heads=8)
+    assert dense.num_key_value_heads == 8
+    assert not any(dense.is_moe(layer) for layer in range(dense.num_hidden_layers))
+    moe = DeepseekConfig(n_routed_experts=4, num_experts_per_tok=2)
+    assert all(moe.is_moe(layer) for layer in range(moe.num_hidden_layers))
+    assert (moe.norm_topk_prob, moe.tie_word_embeddings, moe.rope_parameters["rope_theta"]) == (False, False, 10000)
+
+
+def test_a_fresh_model_is_drawn_as_the_configuration_says(folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, dtype=torch.float32))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert parameter.eq(1).all()
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
 
 
 def test_the_code_that_the_checkpoint_brings_is_neither_run_nor_asked_for(folder, monkeypatch):
@@ -514,7 +534,7 @@ def said_by(*lines: str, folder: Path | None = None) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["AutoConfig", "AutoTokenizer", "AutoModel", "AutoModelForCausalLM"])
+@pytest.mark.parametrize("name", ["AutoTokenizer", "AutoModelForCausalLM"])
 def test_after_import_usmoe_the_auto_classes_know_the_family(folder, name):
     write_tokenizer(folder)
     said = said_by(
@@ -533,10 +553,8 @@ def test_after_import_usmoe_the_auto_classes_know_the_family(folder, name):
     "before",
     [
         "from transformers import AutoConfig; install()",
-        "install(); install(); from transformers import AutoConfig",
         "install(); import importlib; importlib.reload(usmoe); install(); from transformers import AutoConfig",
         "install(); from transformers import LlamaForCausalLM, AutoConfig",
-        "install(); from transformers import Trainer, AutoConfig",
         "install(); import usmoe.hf.deepseek; from transformers import AutoConfig; install()",
     ],
 )
@@ -544,13 +562,13 @@ def test_whatever_of_transformers_comes_first(folder, before):
     said = said_by(
         INSTALL.replace("; install()", ""),
         before,
-        "print(type(AutoConfig.from_pretrained(sys.argv[1])).__module__)",
         "print(AutoConfig.for_model('deepseek', vocab_size=7).vocab_size)",
+        "print(type(AutoConfig.from_pretrained(sys.argv[1])).__module__)",
         "print(sum('usmoe' in type(finder).__module__ for finder in sys.meta_path))",
         "print(type(sys.modules['transformers.models.auto.configuration_auto'].__loader__).__name__)",
         folder=folder,
     )
-    assert said == ["usmoe.hf.deepseek", "7", "0", "SourceFileLoader"]  # nothing of ours is left in the import system
+    assert said == ["7", "usmoe.hf.deepseek", "0", "SourceFileLoader"]  # nothing of ours is left in the import system
 
 
 @pytest.mark.slow
@@ -568,9 +586,18 @@ def test_threads_that_import_transformers_at_once(folder):
     assert said == ["True"] * 5 + ["usmoe.hf.deepseek"]
 
 
+def test_the_module_is_found_as_it_would_be_found_without_us(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [object(), *sys.meta_path])  # a finder without find_spec is passed over
+    name = "transformers.models.auto.configuration_auto"
+    found = _Finder().find_spec(name, transformers.models.auto.__path__)
+    assert found.origin == sys.modules[name].__file__
+    assert "class AutoConfig" in found.loader.get_source(name)
+    assert _Finder().find_spec("transformers.models.auto.modeling_auto", transformers.models.auto.__path__) is None
+
+
 @pytest.mark.slow
 def test_without_transformers_its_absence_is_what_is_reported():
-    block = "sys.meta_path = [f for f in sys.meta_path if f.__name__ != 'PathFinder']"
+    block = "sys.meta_path = [f for f in sys.meta_path if 'PathFinder' not in str(f)]"
     done = run("import sys, torch, numpy, jaxtyping, usmoe._autoregister", block, INSTALL, "import transformers")
     assert done.stderr.strip().endswith("ModuleNotFoundError: No module named 'transformers'")
 

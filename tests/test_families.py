@@ -86,8 +86,8 @@ def by_every_expert(model: PreTrainedModel, layers: list[Layer], k: float, valid
                     real = torch.ones(layer.block.given.shape[:2], dtype=torch.bool)
             else:
                 real = valid
-            chosen = best_pairs(rule.live.ranking_scores(logits.detach()), real, k)
-            scores = rule.live.weighing_scores(logits)
+            chosen = best_pairs(layer.host.ranking_scores(logits.detach()), real, k)
+            scores = layer.host.weighing_scores(logits)
             picked = scores.where(chosen, 0)
             if rule.outputs.shared is not None:
                 always = nn.functional.linear(args[0].reshape(-1, module.hidden_dim), module.weight).sigmoid()
@@ -96,7 +96,7 @@ def by_every_expert(model: PreTrainedModel, layers: list[Layer], k: float, valid
                 return logits, picked * whole, experts_of(layer, logits), always * whole
             if rule.host.normalize == "chosen":
                 picked = picked / picked.sum(-1, keepdim=True).clamp(min=1e-30)
-            weights = (picked * rule.live.scale)[:, : layer.num_experts]
+            weights = (picked * layer.host.scale)[:, : layer.num_experts]
             replaced = list(out)
             replaced[rule.outputs.weights] = weights
             replaced[rule.outputs.indices] = experts_of(layer, logits)

@@ -19,9 +19,11 @@ from usmoe.types import Promises, RouterOutput, Routing
 if TYPE_CHECKING:
     from usmoe.hf.calibrate import calibrate
     from usmoe.hf.load import from_pretrained
+    from usmoe.hf.packed import quantize_experts
     from usmoe.hf.patch import patch, patched, unpatch
     from usmoe.hf.record import record
     from usmoe.hf.supported import supported
+    from usmoe.hf.tune import tune
 
 __version__ = "0.1.0"
 
@@ -30,8 +32,10 @@ _LAZY = {
     "from_pretrained": "usmoe.hf.load",
     "patch": "usmoe.hf.patch",
     "patched": "usmoe.hf.patch",
+    "quantize_experts": "usmoe.hf.packed",
     "record": "usmoe.hf.record",
     "supported": "usmoe.hf.supported",
+    "tune": "usmoe.hf.tune",
     "unpatch": "usmoe.hf.patch",
 }
 
@@ -55,10 +59,12 @@ __all__ = [
     "parse_router",
     "patch",
     "patched",
+    "quantize_experts",
     "record",
     "route",
     "supported",
     "to_causal",
+    "tune",
     "unpatch",
 ]
 

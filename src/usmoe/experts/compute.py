@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from usmoe.experts.grouped import grouped_linear
+from usmoe.experts.grouped import Packed, grouped_linear
 from usmoe.types import Routing
 
 Activation = Callable[[Tensor], Tensor]
@@ -37,8 +37,8 @@ def experts_by_loop(
 def experts_by_pairs(
     x: Float[Tensor, "T D"],
     routing: Routing,
-    up: Float[Tensor, "E H D"],
-    down: Float[Tensor, "E D F"],
+    up: Float[Tensor, "E H D"] | Packed,
+    down: Float[Tensor, "E D F"] | Packed,
     activation: Activation,
     up_bias: Float[Tensor, "E H"] | None = None,
     down_bias: Float[Tensor, "E D"] | None = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -16,18 +17,38 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+class Packed(Protocol):
+    """Frozen weights (E, F, D) that are kept in fewer bits, and unpacked one expert at a time."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, expert: int) -> Float[Tensor, "F D"]: ...
+
+    def transpose(self, one: int, other: int) -> Packed: ...
+
+    def to(self, dtype: torch.dtype) -> Packed: ...
+
+
 def grouped_linear(
     x: Float[Tensor, "N D"],
-    weight: Float[Tensor, "E F D"],
+    weight: Float[Tensor, "E F D"] | Packed,
     counts: Sequence[int] | Int[Tensor, " E"],
     bias: Float[Tensor, "E F"] | None = None,
 ) -> Float[Tensor, "N F"]:
     """x @ weight[e].T + bias[e] for the rows of each expert e.
 
     x is sorted by expert; counts[e] rows belong to expert e and sum to N. Gradients flow to x, weight and bias; an
-    expert without rows gets a zero gradient. Differentiable once.
+    expert without rows gets a zero gradient. Differentiable once. Packed weights get no gradient; of them one expert's
+    matrix exists at a time, forward and backward.
     """
-    if torch.compiler.is_compiling():
+    if not isinstance(weight, Tensor):
+        listed = counts.tolist() if isinstance(counts, Tensor) else counts
+        out = _UnpackedLinear.apply(x, weight, tuple(listed))
+    elif torch.compiler.is_compiling():
         counts = torch.as_tensor(counts)
         out = torch.ops.usmoe.grouped_linear(x, weight, counts)
     else:
@@ -37,6 +58,22 @@ def grouped_linear(
         return out  # pyright: ignore[reportReturnType]
     repeats = torch.as_tensor(counts, device=x.device)
     return out + bias.to(x.dtype).repeat_interleave(repeats, 0, output_size=len(x))
+
+
+class _UnpackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Packed, counts: tuple[int, ...]) -> Tensor:
+        ctx.weight, ctx.counts, ctx.width = weight, counts, x.shape[1]
+        return _forward(x, weight, counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        grad_x = grad.new_empty(len(grad), ctx.width)
+        for expert, rows in _slices(ctx.counts):
+            torch.mm(grad[rows], ctx.weight[expert], out=grad_x[rows])
+        return grad_x, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -53,7 +90,7 @@ class _GroupedLinear(torch.autograd.Function):
         return *_backward(grad, x, weight, ctx.counts, *ctx.needs_input_grad[:2]), None
 
 
-def _forward(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+def _forward(x: Tensor, weight: Tensor | Packed, counts: Sequence[int]) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
     for expert, rows in _slices(counts):
         torch.mm(x[rows], weight[expert].T, out=out[rows])

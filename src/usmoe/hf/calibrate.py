@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from usmoe.hf.layers import Layer
-from usmoe.hf.patch import listening, patch_of, patched
+from usmoe.hf.patch import listening, one_for_each, patch_of, patched, supported_layers
+from usmoe.hf.wrapped import unwrapped
 from usmoe.routing import ExpertChoice, USMoE
 from usmoe.routing.pools import pools
 from usmoe.routing.router import competing, experts_per_token
@@ -30,7 +32,8 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch], router: Any) -> 
     """One threshold router a layer, at the budget of `router` on the text of `batches`; ready for `patch()`.
 
     router   USMoE or ExpertChoice, whose k is the budget (None: the model's own; "0.75x" of it) and whose score ranks;
-             whatever its pool, the result has pool="threshold", and keeps burst and min_experts
+             whatever its pool, the result has pool="threshold", and keeps burst and min_experts. One for all layers,
+             or a list or {layer name: router} with one for each
     batches  text of the kind that will be served, from many sources: ten thousand tokens of one novel meet the budget
              on the rest of it to 1 %, and on another author's to some 1 to 3 %
 
@@ -41,64 +44,82 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch], router: Any) -> 
 
     Raises ValueError for a router that no threshold can stand for, and for batches without a real token.
     """
-    if not isinstance(router, USMoE | ExpertChoice):
-        raise ValueError(
-            f"calibrate() finds thresholds for USMoE and ExpertChoice routers, not for {router}. Give it one of these; "
-            "USMoE(min_experts=1, pool='threshold') drops no token."
-        )
+    wanted = one_for_each(router, supported_layers(model))
+    for one in wanted:
+        if not isinstance(one, USMoE | ExpertChoice):
+            raise ValueError(
+                f"calibrate() finds thresholds for USMoE and ExpertChoice routers, not for {one}. Give it one of "
+                "these; USMoE(min_experts=1, pool='threshold') drops no token."
+            )
     if isinstance(batches, Tensor | Mapping):
         raise TypeError("calibrate() was given one batch. Give a list of batches: [batch].")
     batches = list(batches)
-    spare = (0.0,) if isinstance(router, ExpertChoice) else 0.0
-    served = dataclasses.replace(router, pool="threshold", threshold=spare)  # refuses a score that needs a pool
-    idle = {"burst": None, "min_experts": 0} if isinstance(router, USMoE) else {}
-    seed = dataclasses.replace(router, pool="sequence", threshold=None, **idle)
-    routers: Any = seed
+    served, seeds = [_served(one) for one in wanted], [_ranking(one) for one in wanted]
+    routers: list[Any] = list(seeds)
     for _ in range(2):
-        layers, scores = _ranking_scores(model, batches, routers, seed)
-        routers = [dataclasses.replace(served, threshold=_cut(served, layer, scores[layer.name])) for layer in layers]
+        scores = ranking_scores(model, batches, routers, seeds)
+        routers = [
+            dataclasses.replace(one, threshold=threshold(one, layer, values))
+            for one, (layer, values) in zip(served, scores, strict=True)
+        ]
     return routers
 
 
-def _ranking_scores(
-    model: PreTrainedModel, batches: list[Batch], routers: Any, seed: USMoE | ExpertChoice
-) -> tuple[list[Layer], dict[str, Tensor]]:
-    """The scores (S, E) by which `seed` would rank the pairs of all real tokens, for each layer, while the model runs
-    under `routers`."""
+def _served(router: USMoE | ExpertChoice) -> USMoE | ExpertChoice:
+    """The threshold router that a router becomes, with a value to be found; refuses a score that needs a pool."""
+    return dataclasses.replace(router, pool="threshold", threshold=(0.0,) if isinstance(router, ExpertChoice) else 0.0)
+
+
+def _ranking(router: USMoE | ExpertChoice) -> USMoE | ExpertChoice:
+    """The look-ahead router of the same score and budget."""
+    idle = {"burst": None, "min_experts": 0} if isinstance(router, USMoE) else {}
+    return dataclasses.replace(router, pool="sequence", threshold=None, **idle)
+
+
+@torch.no_grad()
+def ranking_scores(
+    model: PreTrainedModel, batches: list[Batch], routers: list[Any], seeds: Sequence[USMoE | ExpertChoice]
+) -> list[tuple[Layer, Float[Tensor, "S E"]]]:
+    """For each layer the scores by which its seed would rank the pairs of all real tokens, while the model runs under
+    `routers`."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(model, routers))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         state = patch_of(model)
         assert state is not None
         kept: dict[str, list[Tensor]] = {layer.name: [] for layer in state.layers}
-        hosts = {layer.name: layer.host for layer in state.layers}
+        rankers = {layer.name: (layer, seed) for layer, seed in zip(state.layers, seeds, strict=True)}
 
         def listen(name: str, said: RouterOutput) -> None:
+            layer, seed = rankers[name]
             valid = said.routing.valid
             batch, length, _ = said.logits.shape
             flat, competes = competing(said.logits, None if valid is None else valid.view(batch, length))
             group = pools("token", batch, length, competes)
             if isinstance(seed, USMoE):
-                host = hosts[name]
-                assert host is not None
-                scores = seed.unified_scores(flat, group, host)[1]
+                scores = seed.unified_scores(flat, group, layer.host)[1]
             else:
-                scores = EXPERT_CHOICE_SCORES[seed.score](flat, group)
-            scores = scores.masked_fill(flat == -torch.inf, -torch.inf)
+                scores = EXPERT_CHOICE_SCORES[seed.score](flat, group).masked_fill(flat == -torch.inf, -torch.inf)
             kept[name].append(scores[competes.reshape(-1)].cpu())
 
         stack.enter_context(listening(model, listen))
         for batch in batches:
-            given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-            model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()})
+            run(model, batch)
         layers = state.layers
     if not batches or not any(len(scores) for scores in kept[layers[0].name]):
         raise ValueError("calibrate() was given no real token. Give batches of text, a few thousand tokens at least.")
-    return layers, {name: torch.cat(scores) for name, scores in kept.items()}
+    return [(layer, torch.cat(kept[layer.name])) for layer in layers]
+
+
+def run(model: PreTrainedModel, batch: Batch) -> Any:
+    """The model's output for a batch, wherever the batch is."""
+    given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    device = unwrapped(model).device
+    return model(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()})
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Every module in evaluation mode; then each as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -109,8 +130,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _cut(router: USMoE | ExpertChoice, layer: Layer, scores: Tensor) -> float | tuple[float, ...]:
-    assert layer.host is not None
+def threshold(router: USMoE | ExpertChoice, layer: Layer, scores: Float[Tensor, "S E"]) -> float | tuple[float, ...]:
+    """The value at which a router spends its budget on tokens of these scores, its floor included."""
     k = experts_per_token(router.k, layer.host, layer.num_experts)
     tokens = torch.tensor([len(scores)])
     eligible = scores > -torch.inf

@@ -191,8 +191,7 @@ class Tally:
         flops = 0.0
         for name, layer in self._layers.items():
             pairs = self._load[name].sum().item() / self._tokens[name]
-            gate = 2 * sum(p.numel() for p in layer.router.parameters() if p.ndim == 2)
-            flops += pairs * layer.flops_per_pair + gate
+            flops += pairs * layer.flops_per_pair + layer.flops_per_gate
         return {
             "experts_mean": counts.double().mean().item(),
             "experts_min": int(counts.min()),

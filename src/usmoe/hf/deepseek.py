@@ -46,7 +46,7 @@ class DeepseekConfig(PreTrainedConfig):
 
     model_type = "deepseek"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-    attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}  # noqa: RUF012
+    attribute_map = {"num_experts": "n_routed_experts"}  # noqa: RUF012
 
     vocab_size: int = 102400
     hidden_size: int = 4096
@@ -157,7 +157,6 @@ class DeepseekModel(DeepseekPreTrainedModel, OlmoeModel):
         self.layers = nn.ModuleList(DeepseekDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(cast(Any, config))
-        self.gradient_checkpointing = False
         self.post_init()
 
 

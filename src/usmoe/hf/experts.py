@@ -9,9 +9,17 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from usmoe.experts.compute import experts_by_pairs
+from usmoe.hf.packed import weights_of
 from usmoe.types import Routing
 
 IMPLEMENTATION = "usmoe"
+
+PATCHED = "_usmoe_patched"
+"""Attribute of an experts module's configuration while it is handed our pairs."""
+
+
+_of_packed: Any = torch.compiler.disable(experts_by_pairs)
+"""Unpacking is no work for a compiler."""
 
 
 def experts_of_pairs(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -19,6 +27,11 @@ def experts_of_pairs(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     our router hook hands on, or the (T, k) matrix of a router that was left alone."""
     experts = self.num_experts
     tokens = len(hidden_states)
+    if top_k_index.ndim != 1 and getattr(self.config, PATCHED, False):
+        raise RuntimeError(
+            "The router of these experts ran where usmoe does not see it: something has replaced the module since "
+            "patch(). Patch the model again: usmoe.patch(model, router)."
+        )
     if top_k_index.ndim == 1:
         routing = Routing(
             token=top_k_index // experts,
@@ -32,12 +45,12 @@ def experts_of_pairs(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         dense = top_k_weights.new_zeros(tokens, experts).scatter(1, top_k_index, top_k_weights)
         routing = Routing.from_dense(dense, mask.scatter(1, top_k_index, True))
     gated = self.has_gate
-    up = self.gate_up_proj if gated else self.up_proj
-    down = self.down_proj
+    up, down = weights_of(self, "gate_up_proj" if gated else "up_proj"), weights_of(self, "down_proj")
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     bias = self.has_bias
-    out = experts_by_pairs(
+    compute = experts_by_pairs if isinstance(up, Tensor) and isinstance(down, Tensor) else _of_packed
+    out = compute(
         hidden_states,
         routing,
         up,

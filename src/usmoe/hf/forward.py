@@ -8,6 +8,7 @@ was asked for is computed of the pairs that were routed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
@@ -63,17 +64,25 @@ class Patch:
     routers: list[Any]
     token: object
     """Who made it: a patch that is put back has the token that it had."""
-    configs: list[tuple[nn.Module, Any]] = field(default_factory=list)
-    """Experts modules, each with the configuration to restore."""
+    model: nn.Module
+    """Who carries it."""
     methods: dict[str, Any] = field(default_factory=dict)
     """Attributes of the model that were set, each with what it was, or None."""
-    handles: list[Any] = field(default_factory=list)
     listeners: list[Listener] = field(default_factory=list)
     cuts: list[MovingCut] = field(default_factory=list)
     """Of each layer: where its selections fell in training."""
     forward: Forward = field(default_factory=Forward)
     warned: bool = False
     """Whether generate() has said that a router looks ahead."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        """With a copy of the whole model, a patch of its own; a copy of a part (peft makes some) shares it."""
+        if id(self.model) not in memo:
+            return self
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
 
     @property
     def others(self) -> list[Any]:
@@ -209,7 +218,7 @@ def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tupl
     valid = None if valid is None else valid.to(logits.device)
     # a model routes its padding, too, and in some it reaches the real tokens: under its own rule, all is as it was
     competes = None if isinstance(router, OwnChoice) else valid
-    routing = call(router, logits, competes, host=rule.live, state=now.remembered.get(layer.name))
+    routing = call(router, logits, competes, host=rule.live(module, layer.block), state=now.remembered.get(layer.name))
     if routing.state is not None:
         now.states[layer.name] = routing.state
     if module.training and not is_causal(router):

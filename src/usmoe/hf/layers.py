@@ -7,13 +7,15 @@ returns logits, weights and indices. Never by a list of class names.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from usmoe.hf.packed import shape_of
 from usmoe.hf.rule import FixedRouteError, Rule, UnknownRuleError, own_rule
 from usmoe.hf.wrapped import unwrapped
 from usmoe.routing.host import Host
@@ -28,7 +30,9 @@ class Layer:
     block: nn.Module
     """The module that holds router and experts; its input is (B, L, D), or (B*L, D)."""
     router: nn.Module | None
+    """The module that chooses; where peft keeps copies of it, the first."""
     experts: nn.Module | None
+    """The module that computes; where peft keeps copies of it, the first."""
     rule: Rule | None
     """The layer's own rule, or None where it was not recognised."""
     reason: str | None = None
@@ -45,7 +49,19 @@ class Layer:
     def host(self) -> Host:
         """The layer's own rule, with the correction bias that the model has now."""
         assert self.rule is not None, "supported_layers() gives layers whose rule is known"
-        return self.rule.live
+        assert self.router is not None
+        return self.rule.live(self.router, self.block)
+
+    @property
+    def routers(self) -> list[nn.Module]:
+        """The router, and the copies of it that peft keeps beside it."""
+        assert self.router is not None
+        return [module for module in self.block.modules() if type(module) is type(self.router)]
+
+    @property
+    def experts_modules(self) -> list[nn.Module]:
+        """The experts, and the copies of them that peft keeps beside them."""
+        return [module for module in self.block.modules() if behind_interface(module)]
 
     @property
     def columns(self) -> int:
@@ -53,11 +69,17 @@ class Layer:
         return self.num_experts + (0 if self.rule is None else self.rule.null_experts)
 
     @property
+    def flops_per_gate(self) -> int:
+        """Floating-point operations of the router on one token, 2 per multiply-add; forward."""
+        assert self.router is not None
+        return 2 * sum(p.numel() for p in self.router.parameters() if p.ndim == 2)
+
+    @property
     def flops_per_pair(self) -> int:
         """Floating-point operations of one token in one expert, 2 per multiply-add; forward."""
-        experts: Any = self.experts
-        up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-        return 2 * (up.numel() + experts.down_proj.numel()) // self.num_experts
+        assert self.experts is not None
+        names = ("gate_up_proj" if self.experts.has_gate else "up_proj", "down_proj")
+        return 2 * sum(math.prod(shape_of(self.experts, name)) for name in names) // self.num_experts
 
 
 def moe_layers(model: nn.Module) -> list[Layer]:
@@ -68,16 +90,25 @@ def moe_layers(model: nn.Module) -> list[Layer]:
     model = unwrapped(model)
     modules = dict(model.named_modules())
     recorded = dict(_recorded(model))
-    layers = [_layer(name, modules, recorded) for name, module in modules.items() if behind_interface(module)]
+    experts = {plain_name(name): name for name, module in reversed(modules.items()) if behind_interface(module)}
+    layers = [_layer(name, modules, recorded) for name in experts.values()]
     covered = {layer.name for layer in layers}
     outside = [name.rpartition(".")[0] for name in recorded]
     outside += [name for name, module in modules.items() if "experts" in module._modules]
-    for name in dict.fromkeys(outside):
+    for name in dict.fromkeys(map(plain_name, outside)):
         if not any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in covered):
             covered.add(name)
             layers.append(_outsider(name, modules))
-    order = {name: place for place, name in enumerate(modules)}
-    return sorted(layers, key=lambda layer: order[layer.name])
+    order = list(dict.fromkeys(map(plain_name, modules)))
+    return sorted(layers, key=lambda layer: order.index(layer.name))
+
+
+_WRAPPERS = re.compile(r"(^|\.)(original_module|modules_to_save\.[^.]+|base_layer|_orig_mod)(?=\.|$)")
+
+
+def plain_name(name: str) -> str:
+    """The name of a module without what peft and torch.compile put into it."""
+    return _WRAPPERS.sub("", name).removeprefix(".")
 
 
 def behind_interface(module: nn.Module) -> bool:
@@ -110,25 +141,27 @@ def _layer(name: str, modules: Mapping[str, nn.Module], recorded: Mapping[str, i
         known = {modules[other]: recorded[other] for other in within}
         others = [m for m in block.children() if m is not experts and not _holds_experts(m)]
         candidates = known or dict.fromkeys(others, 0)
-        if sum(map(behind_interface, block.modules())) > 1:
+        if len({plain_name(other) for other, m in block.named_modules() if behind_interface(m)}) > 1:
             break
         said = []
         for router, index in candidates.items():
             try:
                 rule = own_rule(router, block, experts, index)
-                return Layer(name=parent, block=block, router=router, experts=experts, rule=rule)
+                return Layer(name=plain_name(parent), block=block, router=router, experts=experts, rule=rule)
             except FixedRouteError as error:
-                return Layer(
-                    name=parent, block=block, router=router, experts=experts, rule=None, reason=str(error), fixed=True
-                )
+                return _without_rule(parent, block, experts, str(error), fixed=True)
             except UnknownRuleError as error:
                 said.append(str(error))
         if known:
-            return Layer(name=parent, block=block, router=None, experts=experts, rule=None, reason=said[0])
+            return _without_rule(parent, block, experts, said[0])
         parent = parent.rpartition(".")[0]
     parent = name.rpartition(".")[0]
-    reason = "no router was found beside its experts"
-    return Layer(name=parent, block=modules[parent], router=None, experts=experts, rule=None, reason=reason)
+    return _without_rule(parent, modules[parent], experts, "no router was found beside its experts")
+
+
+def _without_rule(name: str, block: nn.Module, experts: nn.Module | None, reason: str, fixed: bool = False) -> Layer:
+    plain = plain_name(name)
+    return Layer(name=plain, block=block, router=None, experts=experts, rule=None, reason=reason, fixed=fixed)
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -137,5 +170,6 @@ def _holds_experts(module: nn.Module) -> bool:
 
 def _outsider(name: str, modules: Mapping[str, nn.Module]) -> Layer:
     """A block with a router, or with experts, that are not behind the interface."""
+    block = next(module for other, module in modules.items() if plain_name(other) == name)
     reason = "its experts are not behind transformers' experts interface, so nothing can compute them for other pairs"
-    return Layer(name=name, block=modules[name], router=None, experts=None, rule=None, reason=reason)
+    return _without_rule(name, block, None, reason)

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from usmoe.hf.experts import IMPLEMENTATION
+from usmoe.hf.experts import IMPLEMENTATION, PATCHED
 from usmoe.hf.forward import Listener, Patch, enter, learn_grid, leave, reroute
-from usmoe.hf.layers import Layer, moe_layers
+from usmoe.hf.layers import Layer, behind_interface, moe_layers, plain_name
+from usmoe.hf.packed import packed_experts, refuse_adapted
 from usmoe.hf.saved import written
 from usmoe.hf.wrapped import unwrapped
 from usmoe.layers.causal import FINDERS, Tracked
@@ -52,8 +53,9 @@ def patch(model: PreTrainedModel, router: Any) -> PreTrainedModel:
     """
     inner = unwrapped(model)
     _refuse_nested(inner)
+    refuse_adapted(inner)
     layers = supported_layers(inner)
-    routers = _one_for_each(router, layers)
+    routers = one_for_each(router, layers)
     for layer, chosen in zip(layers, routers, strict=True):
         refuse_what_is_no_router(chosen)
         if isinstance(chosen, Router):
@@ -87,29 +89,28 @@ def _install(
         layers=layers,
         routers=routers,
         token=token,
+        model=model,
         listeners=[] if old is None else old.listeners,
         cuts=cuts or [MovingCut() for _ in layers],
     )
     setattr(model, _ATTRIBUTE, state)
     for name, module in model.named_modules():
         # models that hold MoE layers: the mask of a vision tower beside them is none of theirs
-        holds = not name or any(layer.name.startswith(f"{name}.") for layer in layers)
+        holds = not name or any(layer.name.startswith(f"{plain_name(name)}.") for layer in layers)
         if holds and isinstance(module, PreTrainedModel):
-            signature = inspect.signature(module.forward)
-            hook = partial(enter, state, signature, module is model)
-            state.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            hook = partial(leave, state)
-            state.handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
+            hook = partial(enter, state, inspect.signature(module.forward), module is model)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            module.register_forward_hook(partial(leave, state), with_kwargs=True, always_call=True)
     for index, layer in enumerate(layers):
-        assert layer.experts is not None
-        assert layer.router is not None
-        # a configuration of their own for the experts: the model's may be shared with another model
-        state.configs.append((layer.experts, layer.experts.config))
-        layer.experts.config = copy.copy(layer.experts.config)
-        layer.experts.config._experts_implementation_internal = IMPLEMENTATION  # pyright: ignore
-        hook = partial(learn_grid, state, layer.name)
-        state.handles.append(layer.block.register_forward_pre_hook(hook, with_kwargs=True))
-        state.handles.append(layer.router.register_forward_hook(partial(reroute, state, index)))
+        layer.block.register_forward_pre_hook(partial(learn_grid, state, layer.name), with_kwargs=True)
+        for router in layer.routers:
+            router.register_forward_hook(partial(reroute, state, index))
+        for experts in layer.experts_modules:
+            # a configuration of their own for the experts: the model's may be shared with another model
+            config = copy.copy(experts.config)
+            setattr(config, PATCHED, experts.config)
+            config._experts_implementation_internal = IMPLEMENTATION  # pyright: ignore
+            experts.config = config
     for name, method in (("generate", generate), ("save_pretrained", save_pretrained)):
         if hasattr(model, name):
             state.methods[name] = model.__dict__.get(name)
@@ -121,16 +122,36 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     inner = unwrapped(model)
     state = patch_of(inner)
     if state is not None:
-        for handle in state.handles:
-            handle.remove()
-        for experts, config in state.configs:
-            experts.config = config
+        for module in inner.modules():  # also those that were copied since, hooks and all
+            _without_hooks(module, state)
+            before = getattr(getattr(module, "config", None), PATCHED, None)
+            if before is not None and behind_interface(module):
+                module.config = before
         for name, before in state.methods.items():
             delattr(inner, name)
             if before is not None:
                 setattr(inner, name, before)
         delattr(inner, _ATTRIBUTE)
     return model
+
+
+def _without_hooks(module: nn.Module, state: Patch) -> None:
+    """Drop the hooks of a patch from a module."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        ours = [key for key, hook in hooks.items() if isinstance(hook, partial) and hook.args[:1] == (state,)]
+        for key in ours:
+            hooks.pop(key)
+            for companion in _companions(module):
+                companion.pop(key, None)
+
+
+def _companions(module: nn.Module) -> list[Any]:
+    """Where torch keeps what it knows of each hook."""
+    return [
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    ]
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -156,6 +177,12 @@ def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     them; plain transformers loads the model as it was before the patch."""
     state = patch_of(self)
     assert state is not None
+    packed = packed_experts(self)
+    if packed:
+        raise ValueError(
+            f"The experts of {packed[0]} are in 4 bits, and transformers cannot write them so. Save the model before "
+            "its experts are quantised, and quantise them again after loading."
+        )
     with written(self.config, {layer.name: router for layer, router in zip(state.layers, state.routers, strict=True)}):
         before = state.methods["save_pretrained"]
         return type(self).save_pretrained(self, *args, **kwargs) if before is None else before(*args, **kwargs)
@@ -218,7 +245,8 @@ def supported_layers(model: PreTrainedModel) -> list[Layer]:
     return free
 
 
-def _one_for_each(router: Any, layers: Sequence[Layer]) -> list[Any]:
+def one_for_each(router: Any, layers: Sequence[Layer]) -> list[Any]:
+    """One router a layer, from one for all, a list, or {layer name: router}."""
     names = [layer.name for layer in layers]
     if isinstance(router, Mapping):
         for name in router:

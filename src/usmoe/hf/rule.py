@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,15 +36,16 @@ class FixedRouteError(ValueError):
     """A router that chooses by something else than the token's state, so that there is nothing to replace."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A tensor of one value an expert, read where it lives: training, loading and moving a model may replace it."""
 
-    module: nn.Module
-    name: str
+    path: str
+    """Name in the router, or in the block."""
+    in_block: bool = False
 
-    def read(self) -> Tensor:
-        return getattr(self.module, self.name).reshape(-1)
+    def read(self, router: nn.Module, block: nn.Module) -> Tensor:
+        return operator.attrgetter(self.path)(block if self.in_block else router).reshape(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +79,13 @@ class Rule:
     bias: Source | None = None
     scale: Source | None = None
 
-    @property
-    def live(self) -> Host:
+    def live(self, router: nn.Module, block: nn.Module) -> Host:
         """The rule with the correction bias and the factors that the model has now."""
         host = self.host
         if self.bias is not None:
-            host = dataclasses.replace(host, bias=self.bias.read())
+            host = dataclasses.replace(host, bias=self.bias.read(router, block))
         if self.scale is not None:
-            factors = self.scale.read() * host.scale
+            factors = self.scale.read(router, block) * host.scale
             host = dataclasses.replace(host, scale=torch.nn.functional.pad(factors, (0, self.null_experts)))
         return host
 
@@ -100,7 +101,7 @@ class Rule:
             routing = _without_null(routing, routing.num_experts - self.null_experts)
         if self.outputs.shared is not None:
             weights, shared = out[self.outputs.weights], out[self.outputs.shared]
-            theirs = self.live.weighing_scores(logits)
+            theirs = self.host.weighing_scores(logits)
             best = weights.argmax(-1, keepdim=True)
             per_score = weights.gather(1, best) / theirs.gather(1, out[self.outputs.indices].gather(1, best))
             always = shared / per_score  # the shared experts' scores, (T, shared)
@@ -141,7 +142,7 @@ def own_rule(router: nn.Module, block: nn.Module, experts: nn.Module, logits_ind
     training = {module: module.training for module in router.modules()}
     router.eval()
     try:
-        with _other_values(router, number, arguments) as probe:
+        with _other_values(router, block, number, arguments) as probe:
             answers = _ask(router, experts, probe.given, logits_index, number)
             found = (_recognised(router, said, probe, number) for said in answers)
             rule = next((rule for rule in found if rule is not None), None)
@@ -184,7 +185,7 @@ def _arguments(router: nn.Module, block: nn.Module) -> dict[str, Source]:
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             continue
         if isinstance(getattr(block, parameter.name, None), Tensor):
-            found[parameter.name] = Source(module=block, name=parameter.name)
+            found[parameter.name] = Source(path=parameter.name, in_block=True)
         elif parameter.default is inspect.Parameter.empty:
             if "ids" in parameter.name:
                 raise FixedRouteError("its experts follow from the token's id, by a table")
@@ -195,14 +196,15 @@ def _arguments(router: nn.Module, block: nn.Module) -> dict[str, Source]:
 
 
 @contextlib.contextmanager
-def _other_values(router: nn.Module, number: int, arguments: dict[str, Source]) -> Iterator[_Probe]:
+def _other_values(router: nn.Module, block: nn.Module, number: int, arguments: dict[str, Source]) -> Iterator[_Probe]:
     """Random values in place of the vectors that have one value an expert (and some null experts): a bias that is still
     zero, or a factor that is still one, would not show what it does. All are put back."""
     generator = torch.Generator().manual_seed(1)
     probe = _Probe()
-    kept: list[tuple[dict[str, Any], str, Any]] = []
-    for module in router.modules():
-        for store in (module._parameters, module._buffers):
+    kept: list[tuple[Any, str, Any]] = []
+    for inside, module in router.named_modules():
+        stores: tuple[Any, ...] = (module._parameters, module._buffers)
+        for store in stores:
             for name, old in store.items():
                 if old is None or old.device.type == "meta" or not _one_an_expert(old, number):
                     continue
@@ -211,11 +213,12 @@ def _other_values(router: nn.Module, number: int, arguments: dict[str, Source]) 
                 drawn = (1 + drawn.abs() if factors else drawn).to(old)
                 kept.append((store, name, old))
                 store[name] = nn.Parameter(drawn, requires_grad=False) if isinstance(old, nn.Parameter) else drawn
-                probe.vectors.append((Source(module=module, name=name), drawn.reshape(-1)))
+                path = f"{inside}.{name}" if inside else name
+                probe.vectors.append((Source(path=path), drawn.reshape(-1)))
     for name, source in arguments.items():
-        old = source.read()
+        old = source.read(router, block)
         drawn = (torch.randn(old.shape, generator=generator) * 0.3).to(old)
-        probe.given[name] = drawn.view_as(getattr(source.module, source.name))
+        probe.given[name] = drawn.view_as(getattr(block, name))
         if _one_an_expert(old, number):
             probe.vectors.append((source, drawn))
     try:

@@ -51,13 +51,14 @@ class UnifiedScore(Router):
         """The unified score that weighs, and the one that ranks: with the host's correction bias on top, and -inf for
         pairs that cannot be chosen (a logit of -inf; an expert outside of the groups that the host allows)."""
         alpha = host.alpha if self.alpha is None else self.alpha
-        own = self.token_score is None
-        scores = host.weighing_scores(flat) if own else TOKEN_SCORES[self.token_score](flat)
-        ranked = host.competing_scores(flat) if own else scores
+        if self.token_score is None:
+            scores, ranked = host.weighing_scores(flat), host.competing_scores(flat)
+        else:
+            scores = ranked = TOKEN_SCORES[self.token_score](flat)
         if alpha:
             expert = alpha * EXPERT_SCORES[self.expert_score](flat, group)
             scores, ranked = (1 - alpha) * scores + expert, (1 - alpha) * ranked + expert
-        ranked = host.limited(ranked, flat) if own else ranked
+        ranked = host.limited(ranked, flat) if self.token_score is None else ranked
         return scores, ranked.masked_fill(flat == -torch.inf, -torch.inf)
 
     def weights(self, scores: Float[Tensor, "T E"], mask: Bool[Tensor, "T E"], host: Host) -> Float[Tensor, "T E"]:
