@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from usmoe import lp, metrics
+from usmoe import _autoregister, lp, metrics
 from usmoe.layers import MoE, SoftMoE, to_causal
 from usmoe.routing import ROUTERS, BoundedChoice, ExpertChoice, OwnChoice, TokenChoice, USMoE, parse_router, route
 from usmoe.types import Promises, RouterOutput, Routing
@@ -67,6 +67,9 @@ __all__ = [
     "tune",
     "unpatch",
 ]
+
+
+_autoregister.install()
 
 
 def __getattr__(name: str) -> Any:

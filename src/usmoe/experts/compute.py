@@ -67,7 +67,8 @@ def combine(
     out: Float[Tensor, "N D"], weight: Float[Tensor, " N"], token: Int[Tensor, " N"], num_tokens: int
 ) -> Float[Tensor, "T D"]:
     """The weighted sum of the outputs of each token's pairs; 0 for a token without one."""
-    weighted = out * weight.to(out.dtype).unsqueeze(-1)
+    factors = weight.to(out.dtype).unsqueeze(-1)
+    weighted = out * factors if torch.is_grad_enabled() else out.mul_(factors)  # fresh memory costs as much as the work
     return out.new_zeros(num_tokens, out.shape[-1]).index_add(0, token, weighted)
 
 

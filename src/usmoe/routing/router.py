@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import numbers
 import re
 import types
@@ -66,9 +67,8 @@ class Router(abc.ABC):
 
     def _check(self) -> None:
         """Refuse a value outside of a closed choice, and a k that cannot be one."""
-        for name, hint in typing.get_type_hints(type(self)).items():
-            known = _choices(hint)
-            if known and getattr(self, name) not in known:
+        for name, known in _closed_choices(type(self)).items():
+            if getattr(self, name) not in known:
                 listed = ", ".join(str(value) for value in known)
                 raise ValueError(f"{self.name} does not know {name}={getattr(self, name)!r}. Choose one of: {listed}.")
         k = getattr(self, "k", None)
@@ -80,6 +80,13 @@ class Router(abc.ABC):
                 raise ValueError(f'k={k!r} is not a budget. Give a number above 0, or a text such as "0.75x".')
         elif k is not None and (isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k < float("inf")):
             raise ValueError(f"A budget of k={k!r} experts per token is impossible. Give a number above 0.")
+
+
+@functools.cache
+def _closed_choices(router: type) -> dict[str, tuple[Any, ...]]:
+    """The values that each field with a closed choice of them may have."""
+    found = {name: _choices(hint) for name, hint in typing.get_type_hints(router).items()}
+    return {name: known for name, known in found.items() if known}
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

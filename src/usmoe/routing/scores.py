@@ -38,7 +38,10 @@ def masked_softmax(logits: Float[Tensor, "..."], keep: Bool[Tensor, "..."], dim:
 
 def softmax(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
     """Softmax over the experts of a token (token choice; the paper's f_t). A token whose every logit is -inf gets 0."""
-    return masked_softmax(logits, torch.ones_like(logits, dtype=torch.bool), -1)
+    if logits.dtype == torch.float64 or not logits.numel():
+        return masked_softmax(logits, torch.ones_like(logits, dtype=torch.bool), -1)
+    none = (logits.amax(-1, keepdim=True) == -torch.inf).expand_as(logits)  # the others' -inf become 0 by themselves
+    return _widened(logits.masked_fill(none, 0.0)).softmax(-1).to(logits.dtype).masked_fill(none, 0.0)
 
 
 def sigmoid(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:

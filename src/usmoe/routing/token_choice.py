@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -73,6 +74,11 @@ class TokenChoice(Router):
         return Routing.from_dense(weights, mask, cut=cut, valid=valid, sequences=len(logits))
 
 
+@functools.cache
+def _chosen_by_token(k: Experts) -> TokenChoice:
+    return TokenChoice(k=k)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnChoice(Router):
     """A pretrained model's own rule, through our path: the baseline that `usmoe.patch` must equal.
@@ -108,4 +114,4 @@ class OwnChoice(Router):
                 "OwnChoice() is a pretrained model's own rule, and there is no model here. Use it in usmoe.patch(), "
                 "or name the rule: TokenChoice(k=2), say."
             )
-        return TokenChoice(k=self.k)(logits, valid, segments=segments, state=state, host=host)
+        return _chosen_by_token(self.k)(logits, valid, segments=segments, state=state, host=host)
