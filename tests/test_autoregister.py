@@ -62,7 +62,7 @@ def test_after_import_usmoe_the_auto_classes_know_the_family(folder, name):
         f"from transformers import AutoConfig; {IMPORT}",
         f"{IMPORT}; import importlib; importlib.reload(usmoe); from transformers import AutoConfig",
         f"{IMPORT}; from transformers import LlamaForCausalLM, AutoConfig",
-        f"{IMPORT}; import usmoe.hf.deepseek; from transformers import AutoConfig; import importlib; importlib.reload(usmoe)",
+        f"{IMPORT}, importlib; import usmoe.hf.deepseek; from transformers import AutoConfig; importlib.reload(usmoe)",
     ],
 )
 def test_in_whatever_order_things_are_imported(folder, imports):

@@ -261,3 +261,81 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
         main()
     assert end.value.code == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_patch_check_prints_a_row_a_layer_and_needs_no_router(usmoe_command, mixtral):
+    status, out, err = usmoe_command("patch", str(mixtral), "--check", "--json")
+    assert status == 0, err
+    rows = json.loads(out)["layers"]
+    assert [row["layer"] for row in rows] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert rows[0]["own_choice"] == "top 2 of softmax normalised over chosen"
+    assert rows[0]["weights"] == "float32"
+    status, out, err = usmoe_command("patch", str(mixtral), "--check")
+    assert status == 0
+    assert out.count("model.layers.") == 2
+
+
+def test_patch_check_says_why_a_model_cannot_be_patched(usmoe_command, tmp_path):
+    from families import OUTSIDERS, build
+
+    build(OUTSIDERS["dbrx"]).save_pretrained(tmp_path / "dbrx")
+    status, out, err = usmoe_command("patch", str(tmp_path / "dbrx"), "--check")
+    assert status == 1
+    assert "dbrx" in out
+    assert "not behind transformers' experts interface" in err
+    assert err.strip().splitlines()[-1].startswith("usmoe: ")
+    status, _, err = usmoe_command("patch", "shipped")
+    assert status == 1
+    assert "No router was given" in err
+
+
+def test_a_patched_model_is_saved_and_loaded_with_its_router(usmoe_command, mixtral, tmp_path):
+    import torch
+
+    import usmoe
+
+    folder = tmp_path / "out"
+    words = ("patch", str(mixtral), "--router", "usmoe(k=1.5)", "--calibrate", "--save", str(folder), *SMALL)
+    status, _, err = usmoe_command(*words)
+    assert status == 0, err
+    model = usmoe.from_pretrained(folder)
+    x = torch.arange(2, 30)[None]
+    with usmoe.patched(usmoe.from_pretrained(mixtral), [r for r in model._usmoe_patch.routers]) as other:
+        assert torch.equal(model(x).logits, other(x).logits)
+    status, _, err = usmoe_command(*words)
+    assert status == 1
+    assert "is not empty. Give --force" in err
+
+
+@pytest.mark.slow
+def test_tune_prints_three_ways_a_budget_and_its_routers_come_back(usmoe_command, mixtral, tmp_path):
+    routers, picture = tmp_path / "routers.json", tmp_path / "frontier.png"
+    words = ("tune", str(mixtral), "--budget", "0.75x", "--budget", "1.2", "--tokens", "256", "--length", "64")
+    status, out, err = usmoe_command(*words, "--output", str(routers), "--plot", str(picture), "--json")
+    assert status == 0, err
+    said = json.loads(out)
+    assert [row["label"].rsplit(", ", 1)[-1] for row in said["rows"][1:]] == ["0.75x"] * 3 + ["1.2"] * 3
+    assert all(row["causal"] for row in said["rows"])
+    assert picture.stat().st_size > 1000
+    status, out, err = usmoe_command("patch", str(mixtral), "--router", str(routers), "--json", *SMALL)
+    assert status == 0, err
+    assert json.loads(out)["rows"][1]["budget"] == pytest.approx(1.2, abs=1e-6)
+    status, _, err = usmoe_command(*words, "--output", str(routers))
+    assert status == 1
+    assert "already there" in err
+
+
+def test_routers_in_a_file_that_are_none_are_refused(usmoe_command, mixtral, tmp_path):
+    wrong = tmp_path / "wrong.json"
+    for text, sentence in (
+        ("{", "is not JSON"),
+        ("[]", "holds no routers"),
+        ('{"schema": 7, "routers": {}}', "has schema 7"),
+        ('{"schema": 1, "routers": {"model.layers.7.mlp": {"router": "own_choice"}}}', "no MoE layer 'model.layers.7"),
+    ):
+        wrong.write_text(text)
+        status, _, err = usmoe_command("patch", str(mixtral), "--router", str(wrong), *SMALL)
+        assert status == 1
+        assert sentence in err
+    status, _, err = usmoe_command("patch", str(mixtral), "--router", str(tmp_path / "none.json"), *SMALL)
+    assert (status, "There is no file" in err) == (1, True)

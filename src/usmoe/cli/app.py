@@ -11,6 +11,7 @@ from usmoe.cli.demo import demo
 from usmoe.cli.info import info
 from usmoe.cli.patch import patch
 from usmoe.cli.route import route
+from usmoe.cli.tune import tune
 
 app = typer.Typer(
     name="usmoe",
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, info, route, patch):
+for command in (demo, info, route, patch, tune):
     app.command()(command)
 
 

@@ -97,6 +97,15 @@ def _of_model(model: str, seed: int, dtype: str, device: str, offline: bool) -> 
     }
 
 
+def print_layers(model: str, layers: list[Any], as_json: bool) -> None:
+    """A row a MoE layer, of `usmoe.supported()`."""
+    rows = [dataclasses.asdict(row) for row in layers]
+    if as_json:
+        options.write_json({"model": model, "layers": rows})
+    elif rows:
+        _table(options.console(), model, rows)
+
+
 def _table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in rows[0]:

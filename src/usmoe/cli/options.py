@@ -61,6 +61,17 @@ def output_path(path: Path | None, force: bool) -> Path | None:
     return path
 
 
+def output_folder(path: Path | None, force: bool) -> Path | None:
+    """The folder, once it is known that nothing in it would be overwritten."""
+    if path is None:
+        return None
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file. Give the name of a folder.")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise ValueError(f"{path} is not empty. Give --force to overwrite what is there, or another folder.")
+    return path
+
+
 def write_json(said: Any) -> None:
     """Print a result as JSON on stdout; what is not finite becomes null."""
     sys.stdout.write(json.dumps(_finite(said), indent=1, allow_nan=False) + "\n")

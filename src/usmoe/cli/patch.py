@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from usmoe.cli import options
-from usmoe.cli.options import AsJson, Debug, Device, Dtype, Offline, Seed, Text
+from usmoe.cli.options import AsJson, Debug, Device, Dtype, Force, Offline, Seed, Text
 
 
 def patch(
     model: Annotated[str, typer.Argument(help='A folder, a hub id, or "shipped".')],
     router: Annotated[
-        str, typer.Option(help='Such as "usmoe(k=0.75x)", "own_choice(k=6)", or package.module:name of your own.')
-    ],
+        str | None,
+        typer.Option(
+            help='Such as "usmoe(k=0.75x)" or "own_choice(k=6)"; package.module:name of your own; or a .json file that '
+            "usmoe tune wrote."
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what each MoE layer does, and whether it can be patched.")
+    ] = False,
     calibrated: Annotated[
         bool, typer.Option("--calibrate", help="Find thresholds at the router's budget first, and use those: causal.")
     ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the patched model into this folder, for usmoe.from_pretrained().")
+    ] = None,
+    force: Force = False,
     text: Text = None,
     tokens: Annotated[int, typer.Option(help="Tokens to measure on, at most.", min=32)] = 8192,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=8)] = 512,
@@ -33,24 +45,36 @@ def patch(
 ) -> None:
     """Patch a model with a router and measure both on text: the model's own choice, and yours.
 
-    Example: usmoe patch shipped --router "usmoe(k=0.75x)" --calibrate
+    Examples: usmoe patch allenai/OLMoE-1B-7B-0924 --check; usmoe patch shipped --router "usmoe(k=0.75x)" --calibrate
     """
     import torch
 
-    from usmoe import parse_router
+    from usmoe.cli.info import print_layers
     from usmoe.cli.measure import measure
+    from usmoe.cli.routers import read_router
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
     from usmoe.hf.compare import Contender, settled
-    from usmoe.hf.load import load
+    from usmoe.hf.load import load, load_model
+    from usmoe.hf.patch import patch as patch_model
     from usmoe.hf.patch import supported_layers
+    from usmoe.hf.supported import supported
     from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 
-    chosen = parse_router(router)
+    place = None if model == "shipped" else model
+    if check:
+        loaded = load_model(place, dtype=dtype, device=device, offline=offline)
+        print_layers(model, supported(loaded), as_json)
+        supported_layers(loaded)  # says in a sentence where the model cannot be patched
+        return
+    if router is None:
+        raise ValueError('No router was given. Give one, --router "usmoe(k=0.75x)" say, or --check.')
+    chosen = read_router(router)
     if calibrated and not isinstance(chosen, USMoE | ExpertChoice):
         raise ValueError(f"--calibrate finds thresholds for usmoe and expert_choice routers, not for {router}.")
+    folder = options.output_folder(save, force)
     torch.manual_seed(seed)
-    loaded, tokenizer = load(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
+    loaded, tokenizer = load(place, dtype=dtype, device=device, offline=offline)
     layers = supported_layers(loaded)
     data = corpus(tokenizer, loaded, text, tokens, length)
     entries = [
@@ -59,6 +83,9 @@ def patch(
     ]
     entries = settled(loaded, entries, data.calibration)
     rows = measure(loaded, data, entries, positions, seed)
+    if folder is not None:
+        patch_model(loaded, entries[-1].router).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     about = {
         "model": model,
         "text": data.source,

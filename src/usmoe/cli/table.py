@@ -11,8 +11,18 @@ from rich.table import Table
 from usmoe.cli import options
 from usmoe.hf.compare import Row
 
-_COLUMNS = ("perplexity", "honest", "bits/\nbyte", "experts\na token", "dropped", "load\nCV", "MoE\nMFLOPs", "seconds")
-_LEFT_OUT_WHERE_NARROW = (2, 7)
+_COLUMNS = (
+    "perplexity",
+    "honest",
+    "bits/\nbyte",
+    "experts\na token",
+    "of\nbudget",
+    "dropped",
+    "load\nCV",
+    "MoE\nMFLOPs",
+    "seconds",
+)
+_LEFT_OUT_WHERE_NARROW = (2, 4, 8)
 """Columns that a terminal of fewer than 100 characters does without; --json has them all."""
 
 
@@ -36,10 +46,14 @@ def print_rows(heading: str, rows: Sequence[Row], footer: str = "") -> None:
         f"honest       each token predicted from those before it alone, on {sampled} sampled positions (± 95 %)."
         if sampled
         else "honest       left out (--positions 0).",
-        "experts      mean (least-most) over tokens and layers. dropped: tokens without an expert. "
-        "load CV: 0 is perfect balance.",
+        "experts      mean (least-most) over tokens and layers; of budget: 100 % unless a threshold drifts. "
+        "dropped: tokens without an expert. load CV: 0 is perfect balance.",
         "MoE MFLOPs   a token, all MoE layers, from the pairs that were routed. "
-        + ("seconds: wall time of one pass." if console.width >= 100 else "bits/byte and seconds: in --json."),
+        + (
+            "seconds: wall time of one pass."
+            if console.width >= 100
+            else "bits/byte, of budget and seconds: in --json."
+        ),
     ]
     console.print("\n".join([*legend, footer] if footer else legend), highlight=False, markup=False, style="dim")
 
@@ -55,6 +69,7 @@ def _cells(row: Row) -> list[str]:
         honest,
         f"{row.bits_per_byte:.3f}",
         f"{row.experts_mean:.2f} ({row.experts_min}-{row.experts_max})",
+        "-" if row.budget is None else f"{100 * row.experts_mean / row.budget:.0f} %",
         f"{100 * row.dropped:.1f} %",
         f"{row.load_cv:.2f}",
         f"{row.moe_flops / 1e6:.2f}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from usmoe.hf.layers import Layer
 from usmoe.hf.likelihood import honest, teacher_forced
 from usmoe.hf.patch import listening, patch_of, patched
 from usmoe.routing import ExpertChoice, OwnChoice, USMoE
+from usmoe.routing.router import experts_per_token
 from usmoe.types import RouterOutput, Routing, promises_of
 
 
@@ -53,6 +54,8 @@ class Row:
     bits_per_byte: float
     """Teacher-forced."""
     honest_bits_per_byte: float | None
+    budget: float | None
+    """Experts a token that the router was asked for, mean over the layers; None for one that says none."""
     experts_mean: float
     experts_min: int
     experts_max: int
@@ -135,6 +138,7 @@ def _row(
     tick: Callable[[str], None],
 ) -> Row:
     router = entry.router
+    one_for_all = not isinstance(router, list | tuple | Mapping)
     with patched(model, router):
         state = patch_of(model)
         assert state is not None
@@ -149,12 +153,13 @@ def _row(
             alone = honest(model, tokens, forced, positions, seed, lambda: tick(entry.label))
             for _ in range(positions - alone.positions):
                 tick(entry.label)
+        asked = [_budget(one, layer) for one, layer in zip(state.routers, state.layers, strict=True)]
     nats = forced.double().mean().item()
     bits = 1 / math.log(2) / bytes_per_token
     return Row(
         label=entry.label,
-        router=[str(one) for one in router] if isinstance(router, list) else str(router),
-        causal=all(promises_of(one).causal for one in (router if isinstance(router, list) else [router])),
+        router=str(router) if one_for_all else [str(one) for one in state.routers],
+        causal=all(promises_of(one).causal for one in state.routers),
         perplexity=math.exp(nats),
         honest_perplexity=None if alone is None else alone.perplexity,
         honest_interval=None
@@ -164,8 +169,15 @@ def _row(
         bits_per_byte=nats * bits,
         honest_bits_per_byte=None if alone is None else alone.nats * bits,
         seconds=seconds,
+        budget=None if None in asked else sum(k for k in asked if k is not None) / len(asked),
         **tally.summary(),
     )
+
+
+def _budget(router: Any, layer: Layer) -> float | None:
+    """Experts a token that a router is asked for in a layer."""
+    given = hasattr(router, "k") and not (router.k is None and getattr(router, "threshold", None) is not None)
+    return experts_per_token(router.k, layer.host, layer.columns) if given else None
 
 
 class Tally:

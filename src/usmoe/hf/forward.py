@@ -43,6 +43,8 @@ class Forward:
     """Shape and padding around each of the models that are running, from the outermost."""
     grids: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(B, L) of each block's input, where it has that shape."""
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    """The block of each layer that runs: the layer's own, or a copy of it that peft keeps."""
     remembered: Mapping[str, Any] = field(default_factory=dict)
     """The states with which the layers' routers begin."""
     states: dict[str, Any] = field(default_factory=dict)
@@ -198,7 +200,8 @@ def _with_our_balance_loss(output: Any, said: list[RouterOutput], coefficient: f
 
 @torch.compiler.disable
 def learn_grid(state: Patch, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
-    """Before a block: how many sequences of how many tokens it is given."""
+    """Before a block: which it is, and how many sequences of how many tokens it is given."""
+    state.forward.blocks[name] = block
     hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     if isinstance(hidden, Tensor) and hidden.ndim == 3:
         state.forward.grids[name] = (hidden.shape[0], hidden.shape[1])
@@ -218,7 +221,8 @@ def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tupl
     valid = None if valid is None else valid.to(logits.device)
     # a model routes its padding, too, and in some it reaches the real tokens: under its own rule, all is as it was
     competes = None if isinstance(router, OwnChoice) else valid
-    routing = call(router, logits, competes, host=rule.live(module, layer.block), state=now.remembered.get(layer.name))
+    host = rule.live(module, now.blocks.get(layer.name, layer.block))
+    routing = call(router, logits, competes, host=host, state=now.remembered.get(layer.name))
     if routing.state is not None:
         now.states[layer.name] = routing.state
     if module.training and not is_causal(router):

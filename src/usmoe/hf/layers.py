@@ -37,6 +37,8 @@ class Layer:
     """The layer's own rule, or None where it was not recognised."""
     reason: str | None = None
     """Why no router can be put here; None where one can."""
+    copies: tuple[nn.Module, ...] = ()
+    """The other blocks of this name: where peft trains the block whole, or what holds it, it keeps copies."""
     fixed: bool = False
     """Whether the layer has nothing to choose (a table says which experts): patch() then leaves it alone."""
 
@@ -53,15 +55,20 @@ class Layer:
         return self.rule.live(self.router, self.block)
 
     @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The block, and the copies of it that peft keeps beside it."""
+        return (self.block, *self.copies)
+
+    @property
     def routers(self) -> list[nn.Module]:
         """The router, and the copies of it that peft keeps beside it."""
         assert self.router is not None
-        return [module for module in self.block.modules() if type(module) is type(self.router)]
+        return [module for block in self.blocks for module in block.modules() if type(module) is type(self.router)]
 
     @property
     def experts_modules(self) -> list[nn.Module]:
         """The experts, and the copies of them that peft keeps beside them."""
-        return [module for module in self.block.modules() if behind_interface(module)]
+        return [module for block in self.blocks for module in block.modules() if behind_interface(module)]
 
     @property
     def columns(self) -> int:
@@ -147,7 +154,10 @@ def _layer(name: str, modules: Mapping[str, nn.Module], recorded: Mapping[str, i
         for router, index in candidates.items():
             try:
                 rule = own_rule(router, block, experts, index)
-                return Layer(name=plain_name(parent), block=block, router=router, experts=experts, rule=rule)
+                plain = plain_name(parent)
+                same = [m for other, m in modules.items() if plain_name(other) == plain and type(m) is type(block)]
+                copies = tuple(m for m in same if m is not block)
+                return Layer(name=plain, block=block, router=router, experts=experts, rule=rule, copies=copies)
             except FixedRouteError as error:
                 return _without_rule(parent, block, experts, str(error), fixed=True)
             except UnknownRuleError as error:

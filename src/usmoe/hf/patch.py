@@ -102,7 +102,8 @@ def _install(
             module.register_forward_pre_hook(hook, with_kwargs=True)
             module.register_forward_hook(partial(leave, state), with_kwargs=True, always_call=True)
     for index, layer in enumerate(layers):
-        layer.block.register_forward_pre_hook(partial(learn_grid, state, layer.name), with_kwargs=True)
+        for block in layer.blocks:
+            block.register_forward_pre_hook(partial(learn_grid, state, layer.name), with_kwargs=True)
         for router in layer.routers:
             router.register_forward_hook(partial(reroute, state, index))
         for experts in layer.experts_modules:

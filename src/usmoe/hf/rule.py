@@ -240,6 +240,8 @@ def _ask(
     like = next((p for p in router.parameters() if p.ndim == 2), None)
     if like is None:
         raise UnknownRuleError("its router has no weight matrix")
+    if like.device.type == "meta" and not any(hasattr(module, "_hf_hook") for module in router.modules()):
+        raise UnknownRuleError("its router has no weights: they are on the meta device, and accelerate brings none")
     device = torch.device("cpu") if like.device.type == "meta" else like.device
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
     wanted = torch.logspace(-1, 0.5, _PROBES, device=device)[:, None]

@@ -20,7 +20,7 @@ def written(config: Any, routers: Mapping[str, Any]) -> Iterator[None]:
     """The configuration with the routers in it, for the length of the with block."""
     missing = object()
     before = config.__dict__.get(_KEY, missing)
-    setattr(config, _KEY, {"schema": SCHEMA, "routers": {name: _as_data(router) for name, router in routers.items()}})
+    setattr(config, _KEY, as_data(routers))
     try:
         yield
     finally:
@@ -28,6 +28,11 @@ def written(config: Any, routers: Mapping[str, Any]) -> Iterator[None]:
             delattr(config, _KEY)
         else:
             setattr(config, _KEY, before)
+
+
+def as_data(routers: Mapping[str, Any]) -> dict[str, Any]:
+    """{layer name: router} as JSON."""
+    return {"schema": SCHEMA, "routers": {name: _as_data(router) for name, router in routers.items()}}
 
 
 def _as_data(router: Any) -> dict[str, Any]:
@@ -39,33 +44,36 @@ def _as_data(router: Any) -> dict[str, Any]:
 
 
 def routers_of(config: Any, source: str) -> dict[str, Any] | None:
-    """{layer name: router} as a configuration holds it; None where it holds none.
+    """{layer name: router} as a configuration holds it; None where it holds none. Raises as `routers_in()` does."""
+    data = getattr(config, _KEY, None)
+    return None if data is None else routers_in(data, f"config.usmoe of {source}")
+
+
+def routers_in(data: Any, source: str) -> dict[str, Any]:
+    """{layer name: router} of what `as_data()` made.
 
     Raises ValueError for a newer schema, for a router of somebody's own code, and for what is no router.
     """
-    data = getattr(config, _KEY, None)
-    if data is None:
-        return None
     if not isinstance(data, Mapping) or not isinstance(data.get("routers"), Mapping) or "schema" not in data:
-        raise ValueError(f"config.usmoe of {source} holds no routers. Give usmoe.from_pretrained() a router instead.")
+        raise ValueError(f"{source} holds no routers. Give a router instead: usmoe.from_pretrained(path, router=...).")
     if data["schema"] != SCHEMA:
         raise ValueError(
-            f"config.usmoe of {source} has schema {data['schema']}, and this usmoe reads schema {SCHEMA}. Update usmoe "
-            "(pip install -U usmoe), or give usmoe.from_pretrained() a router instead."
+            f"{source} has schema {data['schema']}, and this usmoe reads schema {SCHEMA}. Update usmoe (pip install "
+            "-U usmoe), or give a router instead: usmoe.from_pretrained(path, router=...)."
         )
     found: dict[str, Any] = {}
     for name, one in data["routers"].items():
         if isinstance(one, Mapping) and one.get("router") is None and "own" in one:
             raise ValueError(
-                f"{source} was saved under a router of its author's own, {one['own']}, which usmoe does not run from a "
-                "file. Give it: usmoe.from_pretrained(path, router=...)."
+                f"{source} names a router of its author's own, {one['own']}, which usmoe does not run from a file. "
+                "Give it: usmoe.from_pretrained(path, router=...)."
             )
         try:
             if not isinstance(one, Mapping):  # a text could name code, and code is not run from a file
                 raise TypeError(f"{one!r} is no router.")
             found[name] = parse_router(one)
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"config.usmoe of {source} holds no router for {name}: {error}") from error
+            raise ValueError(f"{source} holds no router for {name}: {error}") from error
     return found
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,7 +61,9 @@ def tune(
 
     First the score and the floor, the budget spread evenly; then what each layer loses and gains by a smaller and a
     larger share, all else being equal; the split where the next pair is worth the same in every layer; then single
-    shifts from layer to layer, as long as they help. What is minimised is the honest negative log-likelihood.
+    shifts from layer to layer. What is minimised is the honest negative log-likelihood; a change is taken where it is
+    better by more than its standard error, so that chance does not choose, and the even split remains where it is as
+    good.
 
     Raises ValueError for a budget that is none, for batches without two real tokens in a row, and as `calibrate()` and
     `patch()` do.
@@ -70,7 +73,7 @@ def tune(
 
 def trials(layers: int, alphas: int = 3, floors: int = 2) -> int:
     """How often tune() runs the batches at most, its calibrations apart."""
-    return alphas + floors + len(_SHARES) * layers + 1 + 2 * layers
+    return alphas + floors + len(_SHARES) * layers + 2 + 2 * layers
 
 
 @torch.no_grad()
@@ -91,24 +94,32 @@ def search(
     text = _Text(model, batches, tick)
     even = _even(layers, budget)
 
-    def best_of(candidates: Sequence[USMoE]) -> tuple[float, USMoE]:
-        found = [
-            (text.nats(calibrate(model, batches, _with(one, even))), place) for place, one in enumerate(candidates)
-        ]
-        nats, place = min(found)
-        return nats, candidates[place]
+    def best_of(candidates: Sequence[USMoE]) -> tuple[Tensor, USMoE]:
+        """The first one, unless a later one is better beyond doubt."""
+        tried = [(text.losses(calibrate(model, batches, _with(one, even))), one) for one in candidates]
+        best = tried[0]
+        for other in tried[1:]:
+            best = other if _better(other[0], best[0]) else best
+        return best
 
     with evaluating(model):
         _, score = best_of([USMoE(pool="threshold", threshold=0.0, alpha=alpha) for alpha in alphas])
-        low = min(even)
-        options = [dataclasses.replace(score, min_experts=floor) for floor in floors if floor <= low]
-        even_nats, score = best_of(options or [score])
+        options = [dataclasses.replace(score, min_experts=floor) for floor in floors if floor <= min(even)]
+        even_losses, score = best_of(options or [score])
         account = _Account(model, batches, layers, score, even)
-        split = _split(account, text, even, even_nats)
-        nats, split = _shifted(account, text, split, (even_nats, even))
+        split = _split(account, text, even, even_losses)
+        split = _shifted(account, text, split, (even_losses, even))
         routers = calibrate(model, batches, _with(score, split))
-        nats = text.nats(routers)
-    return Tuned(routers=routers, nats=nats, even_nats=even_nats, trials=text.runs)
+        losses = text.losses(routers)
+    return Tuned(routers=routers, nats=losses.mean().item(), even_nats=even_losses.mean().item(), trials=text.runs)
+
+
+def _better(losses: Tensor, others: Tensor) -> bool:
+    """Whether losses are lower by more than the standard error of the mean difference, token by token: a search over
+    many candidates finds some that are better by chance."""
+    difference = losses - others
+    error = difference.std().item() / len(difference) ** 0.5 if len(difference) > 1 else 0.0
+    return difference.mean().item() < -error
 
 
 def _even(layers: Sequence[Layer], budget: Experts) -> list[float]:
@@ -131,8 +142,9 @@ class _Text:
         self._model, self._batches, self._tick = model, batches, tick
         self.runs = 0
 
-    def nats(self, routers: list[USMoE]) -> float:
-        total, count = 0.0, 0
+    def losses(self, routers: list[USMoE]) -> Float[Tensor, " S"]:
+        """NLL of each token that follows a real token."""
+        kept = []
         with patched(self._model, routers):
             for batch in self._batches:
                 logits = run(self._model, batch).logits
@@ -140,17 +152,16 @@ class _Text:
                 tokens = given["input_ids"].to(logits.device)
                 mask = given.get("attention_mask")
                 real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool().to(logits.device)
-                asked = real[:, 1:] & real[:, :-1]
                 losses = torch.nn.functional.cross_entropy(
                     logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none"
                 )
-                total += losses[asked].double().sum().item()
-                count += int(asked.sum())
-        if not count:
+                kept.append(losses[real[:, 1:] & real[:, :-1]].double().cpu())
+        losses = torch.cat(kept) if kept else torch.zeros(0)
+        if not len(losses):
             raise ValueError("tune() was given no two real tokens in a row. Give batches of text.")
         self.runs += 1
         self._tick()
-        return total / count
+        return losses
 
 
 class _Account:
@@ -181,7 +192,7 @@ class _Account:
         return [k if place == layer else other for place, other in enumerate(split)] if inside else None
 
 
-def _split(account: _Account, text: _Text, even: list[float], even_nats: float) -> list[float]:
+def _split(account: _Account, text: _Text, even: list[float], losses: Tensor) -> list[float]:
     """The split where the next pair is worth the same in every layer, by each layer's convex curve of loss."""
     curves = []
     for layer, k in enumerate(even):
@@ -189,7 +200,7 @@ def _split(account: _Account, text: _Text, even: list[float], even_nats: float) 
         for share in _SHARES:
             split = account.changed(even, layer, k * share)
             if split is not None:
-                points.append((k * share, text.nats(account.routers(split)) - even_nats))
+                points.append((k * share, (text.losses(account.routers(split)) - losses).mean().item()))
         curves.append(_convex(sorted(points)))
     # pieces of all curves, the steepest fall for a floating-point operation first
     pieces = sorted(
@@ -219,18 +230,21 @@ def _convex(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return hull
 
 
-def _shifted(
-    account: _Account, text: _Text, split: list[float], even: tuple[float, list[float]]
-) -> tuple[float, list[float]]:
+def _shifted(account: _Account, text: _Text, split: list[float], even: tuple[Tensor, list[float]]) -> list[float]:
     """The better of the split and the even one, after one round of shifts from each layer to the next and to the one
     before, each kept where it helps."""
-    best = min((text.nats(account.routers(split)), split), even)
+
+    def better(split: list[float] | None, best: tuple[Tensor, list[float]]) -> tuple[Tensor, list[float]]:
+        if split is None:
+            return best
+        losses = text.losses(account.routers(split))
+        return (losses, split) if _better(losses, best[0]) else best
+
+    best = better(split, even)
     layers = len(split)
     for giver, step in itertools.product(range(layers), (1, -1)):
-        moved = _moved(account, best[1], giver, (giver + step) % layers)
-        if moved is not None:
-            best = min(best, (text.nats(account.routers(moved)), moved))
-    return best
+        best = better(_moved(account, best[1], giver, (giver + step) % layers), best)
+    return best[1]
 
 
 def _moved(account: _Account, split: list[float], giver: int, taker: int) -> list[float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from usmoe.report.whole import whole_picture
 from usmoe.types import RouterOutput
 
 
@@ -45,12 +46,7 @@ def router_maps(
             if row == len(titles) - 1:
                 panel.set_xlabel("expert", fontsize=7)
     figure.suptitle("Who goes where: grey = router logit, red = chosen (token, expert) pair", fontsize=9)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(part, dpi=150, format="png")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    whole_picture(figure, path)
 
 
 def _plain(word: str) -> str:

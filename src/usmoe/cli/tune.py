@@ -1,0 +1,111 @@
+"""`usmoe tune`: a cheaper model: what each budget costs, and the routers that spend it best."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from usmoe.cli import options
+from usmoe.cli.options import AsJson, Debug, Device, Dtype, Force, Offline, Seed, Text
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help='A folder, a hub id, or "shipped".')],
+    budget: Annotated[
+        list[str], typer.Option(help='Experts a token: a number, or "0.75x" of the model\'s own; may be given again.')
+    ] = ["0.75x"],  # noqa: B006
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to tune on, and to measure on, at most.", min=32)] = 8192,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=8)] = 512,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the routers of the last budget, as JSON for `usmoe patch --router`.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the frontier as a PNG.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the model with the routers of the last budget into this folder.")
+    ] = None,
+    force: Force = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    offline: Offline = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Find where a model can do with fewer experts: tune thresholds on one part of a text, measure on another.
+
+    Three ways to spend each budget are compared: fewer of the model's own top-k, a threshold a layer with the budget
+    spread evenly, and the tuned one, where layers compete for it. All are causal, so the figures are honest.
+
+    Example: usmoe tune shipped --budget 0.75x --budget 0.5x --plot frontier.png
+    """
+    import torch
+
+    from usmoe.cli.measure import measure
+    from usmoe.cli.routers import write_routers
+    from usmoe.cli.table import print_rows
+    from usmoe.cli.tokens import corpus
+    from usmoe.hf.frontier import WAYS, frontier
+    from usmoe.hf.load import load
+    from usmoe.hf.patch import patch, supported_layers
+    from usmoe.hf.tune import trials
+    from usmoe.routing import USMoE
+
+    targets = [options.output_path(path, force) for path in (output, plot)]
+    folder = options.output_folder(save, force)
+    budgets = [USMoE(k=_as_budget(one)).k for one in budget]
+    torch.manual_seed(seed)
+    loaded, tokenizer = load(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
+    layers = supported_layers(loaded)
+    data = corpus(tokenizer, loaded, text, tokens, length)
+    runs = len(budgets) * trials(len(layers))
+    with tqdm(total=runs, file=sys.stderr, disable=None, unit="pass", leave=False, desc="tuning") as bar:
+
+        def tick() -> None:
+            bar.update()
+
+        entries = frontier(loaded, data.calibration, budgets, tick=tick)
+    rows = measure(loaded, data, entries, 0, seed)
+    best = entries[-1].router
+    if targets[0] is not None:
+        write_routers(targets[0], {layer.name: router for layer, router in zip(layers, best, strict=True)})
+    if targets[1] is not None:
+        from usmoe.report.frontier import frontier_plot
+
+        own = rows[0]
+        frontier_plot(
+            targets[1],
+            {
+                way: [(1.0, 0.0)]
+                + [
+                    (row.moe_flops / own.moe_flops, row.bits_per_byte - own.bits_per_byte)
+                    for row in rows
+                    if row.label.startswith(way)
+                ]
+                for way in WAYS
+            },
+            f"{model}: {data.source}",
+        )
+    if folder is not None:
+        patch(loaded, best).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    about = {"model": model, "text": data.source, "tokens": data.tokens.numel(), "length": data.tokens.shape[1]}
+    about |= {"routers": {layer.name: str(router) for layer, router in zip(layers, best, strict=True)}, "seed": seed}
+    if as_json:
+        options.write_json(about | {"rows": [row.to_dict() for row in rows]})
+        return
+    heading = f"{model}: {len(layers)} MoE layers. Text: {data.source}; {data.tokens.numel():,} tokens."
+    split = ", ".join(f"{router.k:.2f}" for router in best)
+    print_rows(heading, rows, f"tuned        experts a token by layer, last budget: {split}")
+
+
+def _as_budget(text: str) -> float | str:
+    """A number where the text is one; what is neither that nor a share is refused by the router."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
