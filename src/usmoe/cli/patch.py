@@ -68,7 +68,7 @@ def patch(
         supported_layers(loaded)  # says in a sentence where the model cannot be patched
         return
     if router is None:
-        raise ValueError('No router was given. Give one, --router "usmoe(k=0.75x)" say, or --check.')
+        raise typer.BadParameter('Missing option --router: give one, such as "usmoe(k=0.75x)", or --check')
     chosen = read_router(router)
     if calibrated and not isinstance(chosen, USMoE | ExpertChoice):
         raise ValueError(f"--calibrate finds thresholds for usmoe and expert_choice routers, not for {router}.")
