@@ -180,8 +180,7 @@ def quantize_experts(model: Any, kind: Literal["nf4", "fp4"] = "nf4", *, double:
 
 def packed_experts(model: nn.Module) -> list[str]:
     """Names of the modules of experts that are kept in 4 bits."""
-    names = model.named_modules()
-    return [name for name, module in names if parametrize.is_parametrized(module, "down_proj")]
+    return [name for name, module in model.named_modules() if _four_bits(module, "down_proj") is not None]
 
 
 def refuse_adapted(model: PreTrainedModel) -> None:

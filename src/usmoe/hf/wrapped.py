@@ -22,7 +22,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
             inner = inner.get_base_model()
             continue
         held = getattr(inner, "_modules", {})
-        inside = next((held[name] for name in ("_orig_mod", "module", "model") if name in held), None)
+        inside = next((held[name] for name in ("_orig_mod", "module", "model", "base_model") if name in held), None)
         if inside is None:
             raise TypeError(
                 f"A {type(model).__name__} is not a transformers model. Give a PreTrainedModel, such as "

@@ -84,12 +84,19 @@ class Host:
         """The scores that become weights."""
         return sparse_mixer(logits, self.jitter) if self.score == "sparse_mixer" else HOST_SCORES[self.score](logits)
 
-    def competing_scores(self, logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
-        """The scores that compete, before the groups: the weighing ones (or the logits) with the bias on top."""
+    def competing_scores(
+        self, logits: Float[Tensor, "... E"], weighing: Float[Tensor, "... E"] | None = None
+    ) -> Float[Tensor, "... E"]:
+        """The scores that compete, before the groups: the weighing ones (or the logits) with the bias on top.
+
+        weighing: the weighing scores of these logits, where they are known already.
+        """
         if self.rank == "logits":
             scores = logits
-        else:  # the weight of the sparse mixer says how far an expert is ahead of the next, not how good it is
-            scores = softmax(logits) if self.score == "sparse_mixer" else self.weighing_scores(logits)
+        elif self.score == "sparse_mixer":  # its weight says how far an expert is ahead of the next, not how good it is
+            scores = softmax(logits)
+        else:
+            scores = self.weighing_scores(logits) if weighing is None else weighing
         return scores if self.bias is None else scores + self.bias.to(scores)
 
     def limited(self, ranked: Float[Tensor, "... E"], logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
@@ -98,9 +105,11 @@ class Host:
             return ranked
         return ranked.masked_fill(~self.groups.inside(self.competing_scores(logits)), self.groups.outside)
 
-    def ranking_scores(self, logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    def ranking_scores(
+        self, logits: Float[Tensor, "... E"], weighing: Float[Tensor, "... E"] | None = None
+    ) -> Float[Tensor, "... E"]:
         """The scores that compete, -inf for an expert that the token may not use."""
-        return self.limited(self.competing_scores(logits), logits)
+        return self.limited(self.competing_scores(logits, weighing), logits)
 
 
 ROUTE = Host()

@@ -60,7 +60,8 @@ class TokenChoice(Router):
         k = whole(experts_per_token(self.k, host, logits.shape[-1]), "Token choice")
         flat, competes = competing(logits, valid)
         if self.score is None:
-            scores, ranked = host.weighing_scores(flat), host.ranking_scores(flat)
+            scores = host.weighing_scores(flat)
+            ranked = host.ranking_scores(flat, scores)
         else:
             scores = ranked = TOKEN_SCORES[self.score](flat)
         if self.score_order == "topk_then_score":

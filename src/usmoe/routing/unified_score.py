@@ -52,7 +52,8 @@ class UnifiedScore(Router):
         pairs that cannot be chosen (a logit of -inf; an expert outside of the groups that the host allows)."""
         alpha = host.alpha if self.alpha is None else self.alpha
         if self.token_score is None:
-            scores, ranked = host.weighing_scores(flat), host.competing_scores(flat)
+            scores = host.weighing_scores(flat)
+            ranked = host.competing_scores(flat, scores)
         else:
             scores = ranked = TOKEN_SCORES[self.token_score](flat)
         if alpha:
