@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from usmoe.experts.grouped import Packed, grouped_linear
+from usmoe.experts.grouped import Packed, grouped_linear, slices
 from usmoe.types import Routing
 
 Activation = Callable[[Tensor], Tensor]
 """From the up projection of a pair to its hidden value: (N, 2F) -> (N, F) where it is gated, else (N, F) -> (N, F)."""
+
+
+_CACHE = 4 * 2**20
+"""Bytes of hidden values beyond which they no longer stay in a processor's cache."""
 
 
 def experts_by_loop(
@@ -56,11 +60,39 @@ def experts_by_pairs(
     elif x.dtype != up.dtype:
         x = x.to(up.dtype)
     counts = routing.load if torch.compiler.is_compiling() else routing.load.tolist()
+    wide = len(routing.token) * up.shape[1] * x.element_size()
+    if isinstance(counts, list) and not torch.is_grad_enabled() and x.device.type == "cpu" and wide > _CACHE:
+        return _expert_after_expert(x, routing, counts, up, down, activation, up_bias, down_bias, finish)
     gathered = x.index_select(0, routing.token)
     hidden = activation(grouped_linear(gathered, up, counts, up_bias))
     out = grouped_linear(hidden, down, counts, down_bias)
     out = out if finish is None else finish(out)
     return combine(out, routing.weight, routing.token, len(x))
+
+
+def _expert_after_expert(
+    x: Tensor,
+    routing: Routing,
+    counts: list[int],
+    up: Tensor | Packed,
+    down: Tensor | Packed,
+    activation: Activation,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    finish: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """The same without gradients, in buffers of one expert's tokens: what fits in a cache need not be fetched again,
+    and memory that was just freed need not be mapped anew."""
+    total = x.new_zeros(len(x), down.shape[1])
+    for expert, rows in slices(counts):
+        token = routing.token[rows]
+        hidden = F.linear(
+            x.index_select(0, token), up[expert], None if up_bias is None else up_bias[expert].to(x.dtype)
+        )
+        out = F.linear(activation(hidden), down[expert], None if down_bias is None else down_bias[expert].to(x.dtype))
+        out = out if finish is None else finish(out)
+        total.index_add_(0, token, out.mul_(routing.weight[rows].to(out.dtype).unsqueeze(-1)))
+    return total
 
 
 def combine(

@@ -71,7 +71,7 @@ class _UnpackedLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad = grad.contiguous()
         grad_x = grad.new_empty(len(grad), ctx.width)
-        for expert, rows in _slices(ctx.counts):
+        for expert, rows in slices(ctx.counts):
             torch.mm(grad[rows], ctx.weight[expert], out=grad_x[rows])
         return grad_x, None, None
 
@@ -92,7 +92,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _forward(x: Tensor, weight: Tensor | Packed, counts: Sequence[int]) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
-    for expert, rows in _slices(counts):
+    for expert, rows in slices(counts):
         torch.mm(x[rows], weight[expert].T, out=out[rows])
     return out
 
@@ -105,7 +105,7 @@ def _backward(
     grad_weight = None
     if for_weight:
         grad_weight = torch.empty_like(weight) if all(counts) else torch.zeros_like(weight)
-    for expert, rows in _slices(counts):
+    for expert, rows in slices(counts):
         if grad_x is not None:
             torch.mm(grad[rows], weight[expert], out=grad_x[rows])
         if grad_weight is not None:
@@ -113,7 +113,7 @@ def _backward(
     return grad_x, grad_weight
 
 
-def _slices(counts: Sequence[int]) -> list[tuple[int, slice]]:
+def slices(counts: Sequence[int]) -> list[tuple[int, slice]]:
     """(expert, its rows) for every expert that has rows."""
     ends = list(accumulate(counts))
     return [(e, slice(end - count, end)) for e, (end, count) in enumerate(zip(ends, counts, strict=True)) if count]

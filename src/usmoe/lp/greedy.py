@@ -44,6 +44,19 @@ def top(
     return mask & eligible, midway(last, first_out).squeeze(1)
 
 
+@torch.no_grad()
+def top_alike(scores: Float[Tensor, "G M"], count: int) -> tuple[Bool[Tensor, "G M"], Float[Tensor, " G"]] | None:
+    """`top()` with one count for all rows of scores that are all eligible, by fewer operations; None where a tie at the
+    cut, or a score of -inf, needs the rules of `top()`."""
+    best = scores.topk(min(count + 1, scores.shape[1]), dim=1)
+    last = best.values[:, count - 1]
+    out = best.values[:, count] if count < scores.shape[1] else torch.full_like(last, -torch.inf)
+    if not bool((last > out).all()):
+        return None
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best.indices[:, :count], True)
+    return mask, midway(last, out)
+
+
 def midway(last: Float[Tensor, "..."], first_out: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """The cut between the last chosen and the first unchosen score: the middle where there is one; -inf where nothing
     is left, +inf where nothing was chosen."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from usmoe.lp.greedy import top
+from usmoe.lp.greedy import top, top_alike
 from usmoe.routing.host import ROUTE, Host, Normalize, TokenScore
 from usmoe.routing.router import Experts, Router, Segments, competing, experts_per_token, refuse_state
 from usmoe.routing.scores import TOKEN_SCORES, masked_softmax
@@ -66,8 +66,12 @@ class TokenChoice(Router):
             scores = ranked = TOKEN_SCORES[self.score](flat)
         if self.score_order == "topk_then_score":
             ranked = flat
-        eligible = (flat > -torch.inf) & (ranked > -torch.inf) & competes.reshape(-1, 1)
-        mask, cut = top(ranked, eligible, competes.reshape(-1) * k)
+        ranked = ranked.masked_fill(flat == -torch.inf, -torch.inf)
+        found = top_alike(ranked, k) if valid is None and ranked.numel() else None
+        if found is None:
+            eligible = (ranked > -torch.inf) & competes.reshape(-1, 1)
+            found = top(ranked, eligible, competes.reshape(-1) * k)
+        mask, cut = found
         if self.score_order == "topk_then_score":  # the score sees the chosen alone
             softmax = (self.score or host.score) == "softmax"
             scores = masked_softmax(flat, mask, -1) if softmax else scores.where(mask, 0)
