@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from usmoe.hf import deepseek
 from usmoe.hf.patch import patch, supported_layers
 from usmoe.hf.saved import routers_of, without_routers
 from usmoe.models import SHIPPED
@@ -69,9 +70,10 @@ def from_pretrained(path: str | Path, router: Any = None, **options: Any) -> Pre
 
 
 def _class_of(config: Any) -> Any:
-    """The class that a configuration names, where transformers has it; else the causal language model of its type."""
-    name = next(iter(getattr(config, "architectures", None) or ()), None)
-    found = getattr(transformers, name, None) if name else None
+    """The class that a configuration names, where transformers or usmoe has it; else the causal language model of its
+    type."""
+    name = str(next(iter(getattr(config, "architectures", None) or ()), None))
+    found = getattr(transformers, name, None) or getattr(deepseek, name, None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModelForCausalLM
 
 
