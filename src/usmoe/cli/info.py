@@ -14,7 +14,7 @@ from rich.table import Table
 from usmoe.cli import options
 from usmoe.cli.options import AsJson, Debug, Device, Dtype, Offline, Seed
 
-_OPTIONAL = ("transformers", "tokenizers", "safetensors", "accelerate", "matplotlib")
+_OPTIONAL = ("transformers", "tokenizers", "safetensors", "accelerate", "peft", "bitsandbytes", "matplotlib")
 
 
 def info(
