@@ -158,3 +158,41 @@ def test_outputs_depend_on_later_tokens_exactly_where_the_router_looks_ahead(rou
     x = tokens(2, 12)
     difference = (model(x).logits[:, :7] - model(x[:, :7]).logits).abs().max().item()
     assert (difference < 1e-12) is router.promises.causal
+
+
+@pytest.mark.parametrize("router", [*REMEMBERS, usmoe.USMoE(k=1.5), usmoe.BoundedChoice(k=2)], ids=str)
+def test_examples_that_are_packed_into_a_sequence_are_routed_apart(router):
+    """As transformers does, by positions that begin anew, where there is neither a mask nor a cache."""
+    model = usmoe.patch(tiny(initializer_range=0.4).double(), router)
+    first, second = tokens(1, 6, 1), tokens(1, 5, 2)
+    places = torch.cat([torch.arange(6), torch.arange(5)])[None]
+    packed = model(torch.cat([first, second], 1), position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(packed[:, :6], model(first).logits, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(packed[:, 6:], model(second).logits, rtol=1e-6, atol=1e-9)
+
+
+def test_a_second_thread_is_refused_while_a_forward_is_running():
+    """Two forwards would read each other's padding; a copy a thread is the way."""
+    import threading
+
+    model = usmoe.patch(tiny(), usmoe.USMoE(k=1.5))
+    x, said = tokens(), []
+    before = model(x).logits
+
+    def other():
+        try:
+            model(x)
+        except RuntimeError as error:
+            said.append(str(error))
+
+    def meanwhile(module, args):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[1].register_forward_pre_hook(meanwhile)
+    assert torch.equal(model(x).logits, before)
+    handle.remove()
+    assert len(said) == 1
+    assert "in another thread" in said[0]
+    assert torch.equal(model(x).logits, before)

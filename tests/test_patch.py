@@ -290,10 +290,12 @@ def test_a_mask_of_four_dimensions_is_read_and_one_that_cannot_be_read_is_refuse
     looks = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril() & real[:, None, None, :]
     for wide in (looks, torch.zeros(looks.shape).masked_fill(~looks, torch.finfo(torch.float32).min)):
         assert torch.allclose(model(x, attention_mask=wide).logits[real], before, atol=1e-5)
-    for bad in (torch.ones(2, 7), torch.ones(3, 12), torch.ones(2, 12, 12)):
-        with pytest.raises(ValueError, match="which tokens are padding") as refused:
-            model(x, attention_mask=bad)
-        assert str(tuple(bad.shape)) in str(refused.value)
+    for router in (usmoe.USMoE(k=1.5), usmoe.OwnChoice()):
+        with usmoe.patched(model, router):
+            for bad in (torch.ones(2, 7), torch.ones(2, 15), torch.ones(3, 12), torch.ones(2, 12, 12), torch.ones(12)):
+                with pytest.raises(ValueError, match="which tokens are padding") as refused:
+                    model(x, attention_mask=bad)
+                assert str(tuple(bad.shape)) in str(refused.value)
     assert torch.equal(model(x, attention_mask=mask).logits[real], before)
 
 

@@ -45,17 +45,25 @@ def own_rule(router: nn.Module, block: nn.Module, experts: nn.Module, logits_ind
     asked for the token ids.
     """
     number = int(experts.num_experts)  # pyright: ignore[reportArgumentType]
+    if number == 1:
+        raise FixedRouteError("it has one expert, so there is nothing to choose")
     arguments = _arguments(router, block)
     training = {module: module.training for module in router.modules()}
     router.eval()
     try:
         with _other_values(router, block, number, arguments) as probe:
-            answers = _ask(router, experts, probe.given, logits_index, number)
-            found = (_recognised(router, said, probe, number) for said in answers)
-            rule = next((rule for rule in found if rule is not None), None)
-            if rule is None:
-                raise UnknownRuleError("its router follows a rule that usmoe cannot express yet")
-            return rule
+            for asker, said in _ask(router, experts, probe, logits_index, number):
+                found = told_apart(asker, _fitting(router, said, probe), said.logits.shape[-1])
+                if found:
+                    ranking, bias, scale = found[0]
+                    return Rule(
+                        host=dataclasses.replace(ranking, bias=None),
+                        outputs=asker.outputs,
+                        null_experts=said.null,
+                        bias=bias,
+                        scale=scale,
+                    )
+            raise UnknownRuleError("its router follows a rule that usmoe cannot express yet")
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -69,19 +77,62 @@ class _Probe:
     """Arguments beside the states."""
     vectors: list[tuple[Source, Tensor]] = field(default_factory=list)
     """Where each vector of one value an expert lives, and what it is for the length of the probe."""
+    matrices: list[Tensor] = field(default_factory=list)
+    """The router's matrices, random for the length of the probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Answers:
-    outputs: Outputs
+class Answers:
+    """What a router said of some states, in float64."""
+
     logits: Tensor
-    """(T, columns), float64."""
+    """(T, columns)."""
     weights: Tensor
-    """(T, k), float64, by falling index."""
+    """(T, k), by falling index."""
     indices: Tensor
     """(T, k)."""
     shared: Tensor | None
+    null: int
+    """Columns of the logits beyond the experts."""
     tolerance: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Asker:
+    """A router, and how it is asked."""
+
+    router: nn.Module
+    given: dict[str, Tensor]
+    outputs: Outputs
+    number: int
+    width: int
+    lead: tuple[int, ...]
+    """Dimensions before those of the tokens."""
+    dtype: torch.dtype
+    matrix: Tensor | None
+    """The one that makes logits of states, (columns or more, D), where there is one."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self.outputs.read_logits(self._say(states)).double()
+
+    def _say(self, states: Tensor) -> tuple:
+        # the forward itself, so that no hook of ours or another's sees the probe
+        return self.router.forward(states.to(self.dtype).view(*self.lead, len(states), self.width), **self.given)
+
+    def ask(self, states: Tensor) -> Answers:
+        out, where = self._say(states), self.outputs
+        logits = where.read_logits(out).double()
+        indices, order = out[where.indices].reshape(len(states), -1).sort(-1, descending=True)
+        weights = out[where.weights].reshape(len(states), -1)
+        exact = weights.dtype in (torch.float32, torch.float64) and self.dtype in (torch.float32, torch.float64)
+        return Answers(
+            logits=logits,
+            weights=weights.double().gather(1, order),
+            indices=indices.long(),
+            shared=None if where.shared is None else out[where.shared].double(),
+            null=logits.shape[-1] - self.number,
+            tolerance=1e-4 if exact else 2e-2,
+        )
 
 
 def _arguments(router: nn.Module, block: nn.Module) -> dict[str, Source]:
@@ -104,8 +155,9 @@ def _arguments(router: nn.Module, block: nn.Module) -> dict[str, Source]:
 
 @contextlib.contextmanager
 def _other_values(router: nn.Module, block: nn.Module, number: int, arguments: dict[str, Source]) -> Iterator[_Probe]:
-    """Random values in place of the vectors that have one value an expert (and some null experts): a bias that is still
-    zero, or a factor that is still one, would not show what it does. All are put back."""
+    """Random values in place of the vectors that have one value an expert (and some null experts), and of the matrices:
+    a bias that is still zero, a factor that is still one, or weights that have not been loaded yet would not show what
+    they do. All are put back."""
     generator = torch.Generator().manual_seed(1)
     probe = _Probe()
     kept: list[tuple[Any, str, Any]] = []
@@ -113,15 +165,24 @@ def _other_values(router: nn.Module, block: nn.Module, number: int, arguments: d
         stores: tuple[Any, ...] = (module._parameters, module._buffers)
         for store in stores:
             for name, old in store.items():
-                if old is None or old.device.type == "meta" or not _one_an_expert(old, number):
+                if old is None or old.device.type == "meta" or not old.is_floating_point():
                     continue
-                factors = bool((old > 0).all())
-                drawn = torch.randn(old.shape, generator=generator) * 0.3
-                drawn = (1 + drawn.abs() if factors else drawn).to(old)
+                vector = _one_an_expert(old, number)
+                if not vector and (old.ndim != 2 or store is module._buffers):
+                    continue
+                drawn = torch.randn(old.shape, generator=generator)
+                if vector:
+                    drawn = 1 + 0.3 * drawn.abs() if bool((old > 0).all()) else 0.3 * drawn
+                else:
+                    drawn = drawn / old.shape[1] ** 0.5
+                drawn = drawn.to(old)
                 kept.append((store, name, old))
                 store[name] = nn.Parameter(drawn, requires_grad=False) if isinstance(old, nn.Parameter) else drawn
-                path = f"{inside}.{name}" if inside else name
-                probe.vectors.append((Source(path=path), drawn.reshape(-1)))
+                if vector:
+                    path = f"{inside}.{name}" if inside else name
+                    probe.vectors.append((Source(path=path), drawn.reshape(-1)))
+                else:
+                    probe.matrices.append(drawn)
     for name, source in arguments.items():
         old = source.read(router, block)
         drawn = (torch.randn(old.shape, generator=generator) * 0.3).to(old)
@@ -140,8 +201,8 @@ def _one_an_expert(values: Tensor, number: int) -> bool:
 
 
 def _ask(
-    router: nn.Module, experts: nn.Module, given: dict[str, Tensor], logits_index: int, number: int
-) -> Iterator[_Answers]:
+    router: nn.Module, experts: nn.Module, probe: _Probe, logits_index: int, number: int
+) -> Iterator[tuple[Asker, Answers]]:
     """What the router says of random states, as (T, D) and as (1, T, D), whose logits spread by 0.1 to 3: enough to
     tell rules apart, too little for a score to underflow."""
     like = next((p for p in router.parameters() if p.ndim == 2), None)
@@ -155,34 +216,40 @@ def _ask(
     reasons: list[Exception] = []
     answered = False
     for width, lead in itertools.product(_widths(router, experts), ((), (1,))):
-        generator = torch.Generator().manual_seed(0)
-        states = torch.randn(_PROBES, width, generator=generator).to(device)
+        states = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0)).to(device)
         try:
-            for _ in range(2):  # the forward itself, so that no hook of ours or another's sees the probe
-                out = router.forward(states.to(dtype).view(*lead, _PROBES, width), **given)
-                outputs = _positions(out, logits_index, number)
-                logits = outputs.read_logits(out).double()
-                spread = (logits - logits.mean(0)).std(-1, keepdim=True).clamp(min=1e-6)
-                states = states * (wanted / spread).to(states.dtype)
-        except UnknownRuleError:
+            out = router.forward(states.to(dtype).view(*lead, _PROBES, width), **probe.given)
+            for outputs, columns in _positions(out, logits_index, number):
+                heads = [one for one in probe.matrices if len(one) >= columns]
+                matrix = next((one for one in heads if one.shape[1] == width), None)
+                asker = Asker(
+                    router=router,
+                    given=probe.given,
+                    outputs=outputs,
+                    number=number,
+                    width=width,
+                    lead=lead,
+                    dtype=dtype,
+                    matrix=matrix,
+                )
+                states = states * (wanted / _spread(asker.logits(states))).to(states.dtype)
+                reached = _spread(asker.logits(states))
+                for head in heads if not (0.1 < (reached / wanted).median() < 10) else []:
+                    head.mul_((0.7 / reached.median()).to(head.dtype))  # a norm before it: states have no size
+                if _spread(asker.logits(states)).max() < 0.02:
+                    raise UnknownRuleError("the logits of its router do not differ: load or initialise its weights")
+                answered = True
+                yield asker, asker.ask(states)
+        except (UnknownRuleError, GeneratorExit):
             raise
         except Exception as error:  # a router that takes states of another shape: whatever it raises
             reasons.append(error)
-            continue
-        indices, order = out[outputs.indices].reshape(_PROBES, -1).sort(-1, descending=True)
-        weights = out[outputs.weights].reshape(_PROBES, -1)
-        exact = weights.dtype in (torch.float32, torch.float64) and dtype in (torch.float32, torch.float64)
-        answered = True
-        yield _Answers(
-            outputs=outputs,
-            logits=logits,
-            weights=weights.double().gather(1, order),
-            indices=indices.long(),
-            shared=None if outputs.shared is None else out[outputs.shared].double(),
-            tolerance=1e-4 if exact else 2e-2,
-        )
     if not answered:
         raise UnknownRuleError(f"its router cannot be asked by itself: {reasons[-1]}".splitlines()[0].rstrip("."))
+
+
+def _spread(logits: Tensor) -> Tensor:
+    return (logits - logits.mean(0)).std(-1, keepdim=True).clamp(min=1e-6)
 
 
 def _widths(router: nn.Module, experts: nn.Module) -> list[int]:
@@ -194,9 +261,9 @@ def _widths(router: nn.Module, experts: nn.Module) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def _positions(out: Any, logits_index: int, number: int) -> Outputs:
-    """The logits are where the recorder says, the indices are the integers (T, k), the weights the floats of their
-    shape."""
+def _positions(out: Any, logits_index: int, number: int) -> Iterator[tuple[Outputs, int]]:
+    """The logits are where the recorder says, the indices are the integers (T, k), the weights floats of their shape;
+    and how many columns the logits have."""
     if not isinstance(out, tuple):
         raise UnknownRuleError("its router returns logits alone, and the block chooses the experts")
     integers = [i for i, x in enumerate(out) if isinstance(x, Tensor) and not x.is_floating_point()]
@@ -207,30 +274,39 @@ def _positions(out: Any, logits_index: int, number: int) -> Outputs:
     weights = [i for i in floats if out[i].shape == shape]
     logits = out[logits_index]
     columns = logits.shape[-1] if isinstance(logits, Tensor) and logits.ndim else 0
-    if len(weights) != 1 or not number <= columns <= number + 1:
+    if not weights or not number <= columns <= number + 1:
         raise UnknownRuleError("its router does not return logits (tokens, experts) and one matrix of weights")
-    beside = [i for i in floats if i != weights[0] and out[i].ndim == 2 and len(out[i]) == len(out[weights[0]])]
     rows = logits.reshape(-1, columns).double()
-    return Outputs(
-        logits=logits_index,
-        weights=weights[0],
-        indices=integers[0],
-        shared=beside[0] if len(beside) == 1 else None,
-        probabilities=bool((rows >= 0).all()) and torch.allclose(rows.sum(-1), rows.new_ones(()), atol=1e-2),
-    )
+    probabilities = bool((rows >= 0).all()) and torch.allclose(rows.sum(-1), rows.new_ones(()), atol=1e-2)
+    for place in weights:
+        beside = [i for i in floats if i != place and out[i].ndim == 2 and len(out[i]) == len(out[place])]
+        found = Outputs(
+            logits=logits_index,
+            weights=place,
+            indices=integers[0],
+            shared=beside[0] if len(beside) == 1 else None,
+            probabilities=probabilities,
+        )
+        yield found, columns
 
 
-def _recognised(router: nn.Module, said: _Answers, probe: _Probe, number: int) -> Rule | None:
-    """The simplest rule that gives these answers; None where there is none."""
-    null = said.logits.shape[-1] - number
+Fit = tuple[Host, Source | None, Source | None]
+"""A rule, and where its bias and its factors live."""
+
+
+def _fitting(router: nn.Module, said: Answers, probe: _Probe) -> list[Fit]:
+    """The rules that give these answers, the simplest first; of one way to weigh."""
     for weighing in _weighings(router):
         scores = weighing.weighing_scores(said.logits)
         for host, scale in _factors(router, weighing, scores, said, probe):
-            for ranking, bias in _rankings(router, host, said, probe):
-                if _chooses(ranking, said, null):
-                    host = dataclasses.replace(ranking, bias=None)
-                    return Rule(host=host, outputs=said.outputs, null_experts=null, bias=bias, scale=scale)
-    return None
+            fits = [
+                (ranking, bias, scale)
+                for ranking, bias in _rankings(router, host, said, probe)
+                if chooses(ranking, said)
+            ]
+            if fits:
+                return fits
+    return []
 
 
 def _weighings(router: nn.Module) -> Iterator[Host]:
@@ -242,12 +318,14 @@ def _weighings(router: nn.Module) -> Iterator[Host]:
 
 
 def _factors(
-    router: nn.Module, weighing: Host, scores: Tensor, said: _Answers, probe: _Probe
+    router: nn.Module, weighing: Host, scores: Tensor, said: Answers, probe: _Probe
 ) -> Iterator[tuple[Host, Source | None]]:
     """The normalisation and the scaling under which these scores give the router's weights, if there are such."""
     k = said.indices.shape[1]
     chosen = scores.gather(1, said.indices)
-    per_score = (said.weights / chosen).where(said.weights != 0, torch.nan)  # a null expert is chosen with weight 0
+    per_score = said.weights / chosen
+    if said.null:  # a null expert is chosen with weight 0
+        per_score = per_score.where(said.weights != 0, torch.nan)
     if said.shared is not None:
         # shared experts take part in the normalisation: all weights of a token together have one sum
         whole = said.weights.sum(-1) + said.shared.sum(-1)
@@ -280,11 +358,12 @@ def _scale(ratio: Tensor, router: nn.Module, tolerance: float) -> float | None:
     return next((value for value in (1.0, *named) if abs(middle - value) <= tolerance * value), middle)
 
 
-def _rankings(router: nn.Module, host: Host, said: _Answers, probe: _Probe) -> Iterator[tuple[Host, Source | None]]:
+def _rankings(router: nn.Module, host: Host, said: Answers, probe: _Probe) -> Iterator[tuple[Host, Source | None]]:
     """What may compete, the simplest first: the score or the logits, with each bias that there is, in groups."""
     for (source, values), rank in itertools.product([(None, None), *probe.vectors], ("score", "logits")):
         plain = dataclasses.replace(host, rank=rank, bias=None if values is None else values.double())
-        yield plain, source
+        if rank == "score" or values is not None:  # without a bias the order is the same
+            yield plain, source
         for groups in _groups(router, said.logits.shape[-1]):
             yield dataclasses.replace(plain, groups=groups), source
 
@@ -293,19 +372,65 @@ def _groups(router: nn.Module, columns: int) -> Iterator[Groups]:
     """The groups that the numbers of a router allow."""
     numbers = sorted({value for value in vars(router).values() if type(value) is int})
     for number, kept in itertools.product(numbers, numbers):
-        if 1 < number <= columns and columns % number == 0 and 0 < kept < number:
+        if 1 < number < columns and columns % number == 0 and 0 < kept < number:
             for by, outside in itertools.product(("best_two", "best"), (-torch.inf, 0.0)):
                 yield Groups(number=number, kept=kept, by=by, outside=outside)
 
 
-def _chooses(host: Host, said: _Answers, null: int) -> bool:
+def chooses(host: Host, said: Answers) -> bool:
     """Whether the k best by these scores are those that the router chose; by value, since where scores tie (in bfloat16
     they do) which of the tied is taken is anybody's choice."""
     ranked = host.ranking_scores(said.logits)
     best = ranked.topk(said.indices.shape[1], -1).values
-    if null:  # a null expert is handed on under another index: it is where the weight is 0
+    if said.null:  # a null expert is handed on under another index: it is where the weight is 0
         theirs = ranked.gather(1, said.indices.where(said.weights != 0, ranked.shape[1] - 1))
     else:
         theirs = ranked.gather(1, said.indices)
     theirs = theirs.sort(-1, descending=True).values
     return bool((theirs > -torch.inf).all()) and _same(theirs, best, 1e-5 if said.tolerance < 1e-3 else 1e-2)
+
+
+def told_apart(asker: Asker, fits: list[Fit], columns: int) -> list[Fit]:
+    """Those of the rules that still fit where they disagree: a group limit may matter to one token of a thousand.
+
+    Where they disagree is looked for among logits that nobody has to compute; the router is then asked about states
+    that give such logits.
+    """
+    generator = torch.Generator().manual_seed(2)
+    rows = max(1024, min(8192, 2**20 // columns))
+    device = next((host.bias.device for host, _, _ in fits if host.bias is not None), torch.device("cpu"))
+    for turn in range(8):
+        if len(fits) < 2 or all(host.groups is None for host, _, _ in fits):
+            break
+        drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        drawn = drawn**3 / 3 if turn % 2 else drawn  # with a few experts far above the others of their group, too
+        drawn = drawn * torch.logspace(-1, 0.5, rows, dtype=torch.float64)[:, None]
+        disputed = _disputed(fits, drawn.to(device))
+        if not len(disputed):
+            if turn % 2:
+                break
+            continue
+        said = asker.ask(_states(asker, disputed, generator))
+        fits = [fit for fit in fits if chooses(fit[0], said)]
+    return fits
+
+
+def _disputed(fits: list[Fit], logits: Tensor) -> Tensor:
+    """Up to 64 rows for each rule that chooses otherwise there than the first one."""
+    k = fits[0][0].k or 1
+
+    def chosen(host: Host) -> Tensor:
+        return torch.zeros_like(logits, dtype=torch.bool).scatter(1, host.ranking_scores(logits).topk(k).indices, True)
+
+    first = chosen(fits[0][0])
+    found = [(chosen(host) != first).any(1).nonzero().squeeze(1)[:64] for host, _, _ in fits[1:]]
+    return logits[torch.cat(found).unique()]
+
+
+def _states(asker: Asker, logits: Tensor, generator: torch.Generator) -> Tensor:
+    """States that give these logits, where a matrix makes logits of states; else random ones, many."""
+    if asker.matrix is None:
+        return torch.randn(4096, asker.width, generator=generator).to(logits.device)
+    rest = asker.logits(torch.zeros(1, asker.width, device=logits.device))  # a bias of the logits
+    matrix = asker.matrix[: logits.shape[1]].double()
+    return torch.linalg.lstsq(matrix, (logits - rest).T).solution.T.to(torch.promote_types(asker.dtype, torch.float32))

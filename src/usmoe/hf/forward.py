@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from usmoe.hf.layers import Layer
-from usmoe.hf.masks import UnreadableMaskError, real_tokens
+from usmoe.hf.masks import MisshapenMaskError, UnreadableMaskError, real_tokens
 from usmoe.hf.memory import cached_length, is_cache, recall, remember
 from usmoe.layers.balance import balance_loss
 from usmoe.layers.cut import MovingCut
@@ -45,6 +46,11 @@ class Forward:
     """(B, L) of each block's input, where it has that shape."""
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     """The block of each layer that runs: the layer's own, or a copy of it that peft keeps."""
+    past: int | None = 0
+    """Tokens in its cache; None where the cache does not count."""
+    segments: Tensor | None = None
+    """(B, L): the example of each token, where several are packed into a sequence."""
+    thread: int = field(default_factory=threading.get_ident)
     remembered: Mapping[str, Any] = field(default_factory=dict)
     """The states with which the layers' routers begin."""
     states: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +62,11 @@ class Forward:
     def running(self) -> bool:
         """Whether a model's forward is in progress, and not a block by itself."""
         return bool(self.around)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is in progress in another thread."""
+        return self.running and self.thread != threading.get_ident()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -98,10 +109,15 @@ def enter(
 ) -> tuple[Any, Any] | None:
     """Before a model's forward. An inner model that is handed no mask (or one that the outer has already worked into
     another form) leaves what the outer said."""
+    if state.forward.elsewhere:
+        raise RuntimeError(
+            "This patched model is in the middle of a forward in another thread. It serves one at a time: take a lock, "
+            "or give each thread a copy.deepcopy() of it."
+        )
     arguments = signature.bind_partial(*args, **kwargs).arguments
-    begins = outermost or not state.forward.running  # an inner model may be called by itself
-    if begins:
-        state.forward = Forward(grids=state.forward.grids)
+    begins = outermost or not state.forward.running
+    if begins:  # the model, or an inner one that is called by itself
+        state.forward = Forward()
     now = state.forward
     names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
     tokens = next((arguments[name] for name in names if isinstance(arguments.get(name), Tensor)), None)
@@ -110,10 +126,12 @@ def enter(
     shape = now.shape if tokens is None else (tokens.shape[0], tokens.shape[1])
     now.around.append((now.shape, now.valid))
     if begins:
-        now.valid = _real(state, mask, shape, cached_length(cache))
+        now.past = cached_length(cache)
+        now.valid = _real(state, mask, shape, now.past)
+        now.segments = _segments(arguments.get("position_ids"), mask, shape, now.past)
         now.remembered = recall(cache, state.routers) if is_cache(cache) else {}
     elif isinstance(mask, Tensor) and mask.ndim == 2:
-        now.valid = _real(state, mask, shape, 0)
+        now.valid = _real(state, mask, shape, now.past if shape == now.shape else None)
     elif shape != now.shape and now.shape is not None:  # a decoder with tokens of its own
         now.valid = None
     now.shape = shape
@@ -129,7 +147,7 @@ def enter(
     return None
 
 
-def _real(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int) -> Tensor | None:
+def _real(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int | None) -> Tensor | None:
     """Which tokens are real. Where tokens compete, padding must be known; a router that looks at one token alone may do
     without."""
     if mask is None:
@@ -140,6 +158,11 @@ def _real(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int) -> 
                 return mask.bool()
             raise UnreadableMaskError("without input_ids or inputs_embeds beside it")
         return real_tokens(mask, *shape, past)
+    except MisshapenMaskError as error:
+        raise ValueError(
+            f"usmoe cannot tell from an attention mask {error} which tokens are padding. Give attention_mask "
+            "(sequences, tokens), those in the cache included, 0 for padding."
+        ) from None
     except UnreadableMaskError as error:
         for router in state.routers:
             if not is_causal(router) or getattr(router, "remembers", False):
@@ -148,6 +171,19 @@ def _real(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int) -> 
                     "padding would compete. Give attention_mask (sequences, tokens), 0 for padding."
                 ) from None
         return None
+
+
+def _segments(positions: Any, mask: Any, shape: tuple[int, int] | None, past: int | None) -> Tensor | None:
+    """The example of each token, where positions begin anew within a sequence: so transformers, too, knows packed
+    examples, and keeps them apart, where it is given neither a mask nor a cache with tokens in it."""
+    if shape is None or mask is not None or past or not isinstance(positions, Tensor):
+        return None
+    if positions.ndim != 2 or positions.shape[1] != shape[1]:  # positions of images have three
+        return None
+    breaks = positions.diff(dim=1) != 1
+    if not bool(breaks.any()):
+        return None
+    return torch.nn.functional.pad(breaks.long().cumsum(1), (1, 0)).expand(shape)
 
 
 def _their_balance_loss(state: Patch, module: nn.Module, arguments: Mapping[str, Any]) -> bool:
@@ -171,6 +207,8 @@ def _coefficient(module: Any) -> float | None:
 def leave(state: Patch, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """After a model's forward, also one that failed (then there is no output)."""
     now = state.forward
+    if now.elsewhere:
+        return output
     if len(now.around) > 1:
         now.shape, now.valid = now.around.pop()
         return output
@@ -222,7 +260,15 @@ def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tupl
     # a model routes its padding, too, and in some it reaches the real tokens: under its own rule, all is as it was
     competes = None if isinstance(router, OwnChoice) else valid
     host = rule.live(module, now.blocks.get(layer.name, layer.block))
-    routing = call(router, logits, competes, host=host, state=now.remembered.get(layer.name))
+    segments = now.segments if now.segments is not None and now.segments.shape == (batch, length) else None
+    routing = call(
+        router,
+        logits,
+        competes,
+        host=host,
+        segments=None if segments is None else segments.to(logits.device),
+        state=now.remembered.get(layer.name),
+    )
     if routing.state is not None:
         now.states[layer.name] = routing.state
     if module.training and not is_causal(router):

@@ -98,7 +98,7 @@ def remember(cache: Any, routers: list[Any], states: Mapping[str, Any]) -> None:
     """Leave the states in the cache, for the next forward."""
     if not isinstance(cache, _Remembering):
         cache.__class__ = _remembering(type(cache))
-    setattr(cache, _ATTRIBUTE, Memory(routers=routers, length=cached_length(cache), states=dict(states)))
+    setattr(cache, _ATTRIBUTE, Memory(routers=routers, length=cached_length(cache) or 0, states=dict(states)))
 
 
 def is_cache(value: Any) -> bool:
@@ -106,14 +106,14 @@ def is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length") and hasattr(value, "reorder_cache")
 
 
-def cached_length(cache: Any) -> int:
-    """How many tokens a cache holds; 0 for None, and for one that does not count (of linear attention alone)."""
-    if cache is None or not hasattr(cache, "get_seq_length"):
+def cached_length(cache: Any) -> int | None:
+    """How many tokens a cache holds; 0 for None, and None for one that does not count (of linear attention alone)."""
+    if cache is None:
         return 0
     try:
         return int(cache.get_seq_length())
-    except ValueError:  # transformers' word for a cache without attention layers
-        return 0
+    except (AttributeError, ValueError):  # transformers' word for a cache without attention layers
+        return None
 
 
 def _selected(state: Any, index: Tensor, name: str) -> Any:
