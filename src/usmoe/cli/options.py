@@ -54,11 +54,13 @@ def output_path(path: Path | None, force: bool) -> Path | None:
         return None
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Give the name of a file in it.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file. Give the name of one, or leave --output out.")
     if path.exists() and not force:
         raise ValueError(f"{path} is already there. Give --force to overwrite it, or another --output.")
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
-    return path
+    return path.resolve()  # what a link points to, not the link
 
 
 def output_folder(path: Path | None, force: bool) -> Path | None:
@@ -69,6 +71,8 @@ def output_folder(path: Path | None, force: bool) -> Path | None:
         raise ValueError(f"{path} is a file. Give the name of a folder.")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise ValueError(f"{path} is not empty. Give --force to overwrite what is there, or another folder.")
+    if not path.parent.is_dir() or not os.access(path if path.is_dir() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be made or written. Give a folder where you may write.")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +52,7 @@ def patch(
 
     from usmoe.cli.info import print_layers
     from usmoe.cli.measure import measure
-    from usmoe.cli.routers import read_router
+    from usmoe.cli.routers import read_router, save_model
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
     from usmoe.hf.compare import Contender, settled
@@ -63,6 +64,8 @@ def patch(
 
     place = None if model == "shipped" else model
     if check:
+        if router is not None or save is not None:
+            raise typer.BadParameter("--check only looks: leave --router and --save out")
         loaded = load_model(place, dtype=dtype, device=device, offline=offline)
         print_layers(model, supported(loaded), as_json)
         supported_layers(loaded)  # says in a sentence where the model cannot be patched
@@ -70,7 +73,7 @@ def patch(
     if router is None:
         raise typer.BadParameter('Missing option --router: give one, such as "usmoe(k=0.75x)", or --check')
     chosen = read_router(router)
-    if calibrated and not isinstance(chosen, USMoE | ExpertChoice):
+    if calibrated and not isinstance(chosen, USMoE | ExpertChoice | Mapping):
         raise ValueError(f"--calibrate finds thresholds for usmoe and expert_choice routers, not for {router}.")
     folder = options.output_folder(save, force)
     torch.manual_seed(seed)
@@ -83,9 +86,6 @@ def patch(
     ]
     entries = settled(loaded, entries, data.calibration)
     rows = measure(loaded, data, entries, positions, seed)
-    if folder is not None:
-        patch_model(loaded, entries[-1].router).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
     about = {
         "model": model,
         "text": data.source,
@@ -100,3 +100,5 @@ def patch(
         options.write_json(about | {"rows": [row.to_dict() for row in rows]})
     else:
         print_rows(f"{model}: {len(layers)} MoE layers, all patched. Text: {data.source}.", rows)
+    if folder is not None:
+        save_model(patch_model(loaded, entries[-1].router), tokenizer, folder)

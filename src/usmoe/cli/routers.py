@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,19 @@ def read_router(given: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{given} is not JSON: {error}. Give a file that usmoe tune --output wrote.") from error
     return routers_in(data, given)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model and its tokenizer, whole or not at all; files of the same names in the folder are replaced."""
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        folder.mkdir(exist_ok=True)
+        for file in part.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_routers(path: Path, routers: Mapping[str, Any]) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
 from usmoe.cli import options
 from usmoe.cli.options import AsJson, Debug, Device, Dtype, Force, Offline, Seed, Text
+
+if TYPE_CHECKING:
+    from usmoe.cli.tokens import Corpus
+    from usmoe.hf.compare import Row
+    from usmoe.routing import USMoE
 
 
 def tune(
@@ -46,8 +52,7 @@ def tune(
     import torch
 
     from usmoe.cli.measure import measure
-    from usmoe.cli.routers import write_routers
-    from usmoe.cli.table import print_rows
+    from usmoe.cli.routers import save_model, write_routers
     from usmoe.cli.tokens import corpus
     from usmoe.hf.frontier import WAYS, frontier
     from usmoe.hf.load import load
@@ -71,6 +76,13 @@ def tune(
         entries = frontier(loaded, data.calibration, budgets, tick=tick)
     rows = measure(loaded, data, entries, 0, seed)
     best = entries[-1].router
+    about = {"model": model, "text": data.source, "tokens": data.tokens.numel(), "length": data.tokens.shape[1]}
+    about |= {"routers": {layer.name: str(router) for layer, router in zip(layers, best, strict=True)}, "seed": seed}
+    if as_json:
+        options.write_json(about | {"rows": [row.to_dict() for row in rows]})
+    else:
+        _print(model, len(layers), data, rows, best)
+    # after the result is on the screen: a full disk then costs a file, not the search
     if targets[0] is not None:
         write_routers(targets[0], {layer.name: router for layer, router in zip(layers, best, strict=True)})
     if targets[1] is not None:
@@ -91,14 +103,13 @@ def tune(
             f"{model}: {data.source}",
         )
     if folder is not None:
-        patch(loaded, best).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    about = {"model": model, "text": data.source, "tokens": data.tokens.numel(), "length": data.tokens.shape[1]}
-    about |= {"routers": {layer.name: str(router) for layer, router in zip(layers, best, strict=True)}, "seed": seed}
-    if as_json:
-        options.write_json(about | {"rows": [row.to_dict() for row in rows]})
-        return
-    heading = f"{model}: {len(layers)} MoE layers. Text: {data.source}; {data.tokens.numel():,} tokens."
+        save_model(patch(loaded, best), tokenizer, folder)
+
+
+def _print(model: str, layers: int, data: Corpus, rows: Sequence[Row], best: list[USMoE]) -> None:
+    from usmoe.cli.table import print_rows
+
+    heading = f"{model}: {layers} MoE layers. Text: {data.source}; {data.tokens.numel():,} tokens."
     split = ", ".join(f"{router.k:.2f}" for router in best)
     print_rows(heading, rows, f"tuned        experts a token by layer, last budget: {split}")
 

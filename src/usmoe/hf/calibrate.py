@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from usmoe.hf.layers import Layer
 from usmoe.hf.patch import listening, one_for_each, patch_of, patched, supported_layers
 from usmoe.hf.wrapped import unwrapped
-from usmoe.routing import ExpertChoice, USMoE
+from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 from usmoe.routing.pools import pools
 from usmoe.routing.router import competing, experts_per_token
 from usmoe.routing.scores import EXPERT_CHOICE_SCORES
@@ -40,7 +40,8 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch], router: Any) -> 
     The threshold of a layer lies where, over all real tokens of all batches, exactly floor(k*S + 0.5) pairs are chosen,
     those that min_experts adds included (expert choice: the capacity of each expert). Since a layer's threshold moves
     the scores of the layers above, the scores are taken twice: under the look-ahead pool, then under the thresholds so
-    found. A bucket (burst) only ever takes pairs away, and is left out of the account.
+    found. A bucket (burst) only ever takes pairs away, and is left out of the account. A layer that saw no token (of
+    images, say) keeps its own choice.
 
     Raises ValueError for a router that no threshold can stand for, and for batches without a real token.
     """
@@ -51,18 +52,34 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch], router: Any) -> 
                 f"calibrate() finds thresholds for USMoE and ExpertChoice routers, not for {one}. Give it one of "
                 "these; USMoE(min_experts=1, pool='threshold') drops no token."
             )
-    if isinstance(batches, Tensor | Mapping):
-        raise TypeError("calibrate() was given one batch. Give a list of batches: [batch].")
-    batches = list(batches)
+    batches = checked(batches, "calibrate()")
     served, seeds = [_served(one) for one in wanted], [_ranking(one) for one in wanted]
     routers: list[Any] = list(seeds)
     for _ in range(2):
         scores = ranking_scores(model, batches, routers, seeds)
         routers = [
-            dataclasses.replace(one, threshold=threshold(one, layer, values))
+            dataclasses.replace(one, threshold=threshold(one, layer, values)) if len(values) else OwnChoice()
             for one, (layer, values) in zip(served, scores, strict=True)
         ]
     return routers
+
+
+def checked(batches: Iterable[Batch], what: str) -> list[Batch]:
+    """The batches as a list. Raises TypeError, in the words of who asks, for what is no list of batches."""
+    if isinstance(batches, Tensor | Mapping):
+        raise TypeError(f"{what} was given one batch. Give a list of batches: [batch].")
+    kept = list(batches)
+    for batch in kept:
+        tokens = batch.get("input_ids", batch.get("inputs_embeds")) if isinstance(batch, Mapping) else batch
+        whole = isinstance(tokens, Tensor) and (
+            tokens.ndim == 3 or (tokens.ndim == 2 and not tokens.is_floating_point())
+        )
+        if not whole:
+            raise TypeError(
+                f"{what} was given a batch that is a {type(batch).__name__} without token ids (sequences, tokens). "
+                "Give integer tensors, or mappings with input_ids, as a tokenizer with return_tensors='pt' makes them."
+            )
+    return kept
 
 
 def _served(router: USMoE | ExpertChoice) -> USMoE | ExpertChoice:
@@ -106,9 +123,9 @@ def ranking_scores(
         for batch in batches:
             run(model, batch)
         layers = state.layers
-    if not batches or not any(len(scores) for scores in kept[layers[0].name]):
+    if not any(len(scores) for one in kept.values() for scores in one):
         raise ValueError("calibrate() was given no real token. Give batches of text, a few thousand tokens at least.")
-    return [(layer, torch.cat(kept[layer.name])) for layer in layers]
+    return [(layer, torch.cat(kept[layer.name] or [torch.zeros(0, layer.columns)])) for layer in layers]
 
 
 def run(model: PreTrainedModel, batch: Batch) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
-from usmoe.hf import deepseek
 from usmoe.hf.patch import patch, supported_layers
 from usmoe.hf.saved import routers_of, without_routers
 from usmoe.models import SHIPPED
@@ -58,10 +58,17 @@ def from_pretrained(path: str | Path, router: Any = None, **options: Any) -> Pre
     Raises ValueError, in one sentence: for a newer schema of config.usmoe, for routers of other layers than the model
     has, for a router of somebody's own code, and where the model cannot be loaded.
     """
+    if options.pop("output_loading_info", False):
+        raise ValueError(
+            "usmoe.from_pretrained() gives the model alone, so output_loading_info=True has no place in it."
+        )
     offline = bool(options.pop("local_files_only", False))
-    config = _from_pretrained(AutoConfig, "configuration", path, offline)
+    hub = {name: options.pop(name) for name in _HUB if name in options}
+    config = _from_pretrained(AutoConfig, "configuration", path, offline, **hub)
     routers = routers_of(config, str(path)) if router is None else router
-    options = {"use_safetensors": True, "config": config} | options
+    for name in [name for name in options if hasattr(config, name) and name not in _OF_THE_MODEL]:
+        setattr(config, name, options.pop(name))  # as transformers' own from_pretrained takes them
+    options = {"use_safetensors": True, "config": config} | hub | options
     model = _from_pretrained(_class_of(config), "model", path, offline, **options)
     without_routers(model.config)
     if router is None and routers is not None:
@@ -69,12 +76,26 @@ def from_pretrained(path: str | Path, router: Any = None, **options: Any) -> Pre
     return model if routers is None else patch(model, routers)
 
 
+_HUB = ("revision", "token", "cache_dir", "subfolder", "force_download", "proxies", "code_revision")
+"""Options that say where on the hub a model lies: for its configuration, too."""
+
+_OF_THE_MODEL = ("dtype", "torch_dtype", "quantization_config")
+"""Options that a configuration knows, and that from_pretrained() of a model reads by itself."""
+
+
 def _class_of(config: Any) -> Any:
-    """The class that a configuration names, where transformers or usmoe has it; else the causal language model of its
-    type."""
+    """The class that a configuration names, where transformers has it, or it is registered with an Auto class; else the
+    causal language model of its type."""
     name = str(next(iter(getattr(config, "architectures", None) or ()), None))
-    found = getattr(transformers, name, None) or getattr(deepseek, name, None)
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModelForCausalLM
+    candidates = [getattr(transformers, name, None)]
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None)
+        found = mapping.get(type(config), None) if mapping is not None else None
+        candidates += found if isinstance(found, list | tuple) else [found]
+    for found in candidates:
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__name__ == name:
+            return found
+    return AutoModelForCausalLM
 
 
 def _refuse_other_layers(model: PreTrainedModel, routers: dict[str, Any], source: str) -> None:
@@ -90,8 +111,12 @@ def _refuse_other_layers(model: PreTrainedModel, routers: dict[str, Any], source
 def _from_pretrained(auto: Any, what: str, model: str | Path | None, offline: bool, **options: Any) -> Any:
     source = str(SHIPPED if model is None else model)
     folder = Path(source)
+    if not source or folder.is_file():
+        raise ValueError(
+            f"{source!r} is no folder of a model. Give a folder that save_pretrained() wrote, or a hub id."
+        )
     if folder.exists():
-        if not (folder / "config.json").is_file():
+        if not (folder / options.get("subfolder", "") / "config.json").is_file():
             raise ValueError(f"{source} has no config.json, so it is not a transformers model. Give a model's folder.")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"There is no folder {source}. Give a folder that save_pretrained() wrote, or a hub id.")

@@ -31,7 +31,7 @@ from usmoe.layers.causal import FINDERS, Tracked
 from usmoe.layers.cut import MovingCut
 from usmoe.routing import OwnChoice
 from usmoe.routing.host import Host
-from usmoe.routing.router import Router, refuse_what_is_no_router
+from usmoe.routing.router import Router, experts_per_token, refuse_what_is_no_router
 from usmoe.types import is_causal
 
 _ATTRIBUTE = "_usmoe_patch"
@@ -67,7 +67,10 @@ def patch(model: PreTrainedModel, router: Any) -> PreTrainedModel:
 def _try(router: Router, layer: Layer) -> None:
     """Let a router route one token of the layer's width, so that what cannot work is refused before the patch."""
     try:
-        router(torch.zeros(1, 1, layer.columns), host=_on_cpu(layer.host))
+        host = _on_cpu(layer.host)
+        router(torch.zeros(1, 1, layer.columns), host=host)
+        if getattr(router, "k", None) is not None:  # also where a threshold does not read it
+            experts_per_token(router.k, host, layer.columns)  # pyright: ignore[reportAttributeAccessIssue]
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from error
 

@@ -54,12 +54,13 @@ def routers_in(data: Any, source: str) -> dict[str, Any]:
 
     Raises ValueError for a newer schema, for a router of somebody's own code, and for what is no router.
     """
-    if not isinstance(data, Mapping) or not isinstance(data.get("routers"), Mapping) or "schema" not in data:
-        raise ValueError(f"{source} holds no routers. Give a router instead: usmoe.from_pretrained(path, router=...).")
-    if data["schema"] != SCHEMA:
+    schema = data.get("schema") if isinstance(data, Mapping) else None
+    if type(schema) is not int or schema < 1 or not isinstance(data.get("routers"), Mapping):
+        raise ValueError(f"{source} holds no routers that usmoe has written. Give a router of your own instead.")
+    if schema > SCHEMA:
         raise ValueError(
-            f"{source} has schema {data['schema']}, and this usmoe reads schema {SCHEMA}. Update usmoe (pip install "
-            "-U usmoe), or give a router instead: usmoe.from_pretrained(path, router=...)."
+            f"{source} has schema {schema}, and this usmoe reads schema {SCHEMA}. Update usmoe (pip install -U "
+            "usmoe), or give a router of your own instead."
         )
     found: dict[str, Any] = {}
     for name, one in data["routers"].items():

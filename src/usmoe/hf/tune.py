@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from usmoe.hf.calibrate import Batch, calibrate, evaluating, ranking_scores, run, threshold
+from usmoe.hf.calibrate import Batch, calibrate, checked, evaluating, ranking_scores, run, threshold
 from usmoe.hf.layers import Layer
 from usmoe.hf.patch import patched, supported_layers
 from usmoe.routing import USMoE
@@ -87,10 +87,12 @@ def search(
     tick: Callable[[], None] = lambda: None,
 ) -> Tuned:
     """`tune()`, with what it measured on the way."""
-    if isinstance(batches, Tensor | Mapping):
-        raise TypeError("tune() was given one batch. Give a list of batches: [batch].")
-    batches = list(batches)
+    batches = checked(batches, "tune()")
     layers = supported_layers(model)
+    if not alphas:
+        raise ValueError(
+            "tune() was given no alphas to try. Give some, such as alphas=(0.0,) for the model's own score."
+        )
     text = _Text(model, batches, tick)
     even = _even(layers, budget)
 
@@ -172,6 +174,11 @@ class _Account:
     ) -> None:
         self._score = score
         routers = calibrate(model, batches, _with(score, even))
+        for layer, router in zip(layers, routers, strict=True):
+            if not isinstance(router, USMoE):
+                raise ValueError(
+                    f"{layer.name} saw no token of the batches. Give tune() batches in which all layers do."
+                )
         seeds = [dataclasses.replace(r, pool="sequence", threshold=None, min_experts=0) for r in routers]
         self._scores = ranking_scores(model, batches, routers, seeds)
         self.price = [layer.flops_per_pair for layer in layers]
