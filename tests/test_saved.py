@@ -113,3 +113,28 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(change, sentence, tmp_path
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="There is no folder"):
         usmoe.from_pretrained(tmp_path / "nothing")
+
+
+def test_options_reach_the_configuration_as_in_transformers(tmp_path):
+    usmoe.patch(tiny(), usmoe.USMoE(k=1)).save_pretrained(tmp_path / "inner" / "model")
+    model = usmoe.from_pretrained(tmp_path / "inner", subfolder="model", use_cache=False, dtype=torch.float64)
+    assert (model.config.use_cache, model.dtype) == (False, torch.float64)
+    with pytest.raises(ValueError, match="output_loading_info"):
+        usmoe.from_pretrained(tmp_path / "inner" / "model", output_loading_info=True)
+    with pytest.raises(ValueError, match="is no folder of a model"):
+        usmoe.from_pretrained("")
+
+
+def test_a_base_model_of_a_registered_family_comes_back_as_itself(tmp_path):
+    from usmoe.hf.deepseek import DeepseekConfig, DeepseekModel
+
+    config = DeepseekConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, n_routed_experts=8, num_experts_per_tok=2, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = usmoe.patch(DeepseekModel(config).eval(), usmoe.USMoE(k=1.5))
+    model.save_pretrained(tmp_path)
+    again = usmoe.from_pretrained(tmp_path)
+    assert type(again) is DeepseekModel
+    assert torch.equal(again(tokens()).last_hidden_state, model(tokens()).last_hidden_state)

@@ -55,7 +55,7 @@ def own_rule(router: nn.Module, block: nn.Module, experts: nn.Module, logits_ind
             for asker, said in _ask(router, experts, probe, logits_index, number):
                 found = told_apart(asker, _fitting(router, said, probe), said.logits.shape[-1])
                 if found:
-                    ranking, bias, scale = found[0]
+                    ranking, bias, scale = _named(router, found)
                     return Rule(
                         host=dataclasses.replace(ranking, bias=None),
                         outputs=asker.outputs,
@@ -413,6 +413,14 @@ def told_apart(asker: Asker, fits: list[Fit], columns: int) -> list[Fit]:
         said = asker.ask(_states(asker, disputed, generator))
         fits = [fit for fit in fits if chooses(fit[0], said)]
     return fits
+
+
+def _named(router: nn.Module, fits: list[Fit]) -> Fit:
+    """Of rules that choose alike, the one whose groups the router names: a limit that no choice of its own k ever meets
+    is met by routes that give a token more."""
+    named = [value for name, value in vars(router).items() if "group" in name and type(value) is int]
+    limits = ((fit, fit[0].groups) for fit in fits)
+    return next((fit for fit, groups in limits if groups and {groups.number, groups.kept} <= set(named)), fits[0])
 
 
 def _disputed(fits: list[Fit], logits: Tensor) -> Tensor:
