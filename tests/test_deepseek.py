@@ -210,6 +210,7 @@ def test_a_checkpoint_in_bfloat16_is_loaded_and_saved_as_it_is(tmp_path):
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
     x = tokens()
     exact = wide(x).logits
+    model.set_experts_implementation("eager")  # grouped_mm wants rows of 16 bytes, where tensors happen to be aligned
     assert (model(x).logits - exact).std() < 0.05 * exact.std()  # bfloat16 rounding, and a few experts that flip
     assert [row.own_choice for row in usmoe.supported(model)] == ["top 3 of softmax"] * 2
     model.save_pretrained(tmp_path / "ours")

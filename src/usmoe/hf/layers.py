@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from usmoe.hf.ask import FixedRouteError, UnknownRuleError, own_rule
+from usmoe.hf.ask import FixedRouteError, UnknownRuleError
 from usmoe.hf.packed import shape_of
+from usmoe.hf.recognise import own_rule
 from usmoe.hf.rule import Rule
 from usmoe.hf.wrapped import unwrapped
 from usmoe.routing.host import Host

@@ -1,5 +1,5 @@
 """A pretrained model's own rule as a value: what its router does, where it keeps what may change, and what its block is
-handed in place of what the router said. `usmoe.hf.ask` finds it."""
+handed in place of what the router said. `usmoe.hf.recognise` finds it."""
 
 from __future__ import annotations
 
