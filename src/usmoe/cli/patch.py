@@ -96,9 +96,11 @@ def patch(
         ],
         "seed": seed,
     }
-    if as_json:
-        options.write_json(about | {"rows": [row.to_dict() for row in rows]})
-    else:
-        print_rows(f"{model}: {len(layers)} MoE layers, all patched. Text: {data.source}.", rows)
-    if folder is not None:
-        save_model(patch_model(loaded, entries[-1].router), tokenizer, folder)
+    try:
+        if as_json:
+            options.write_json(about | {"rows": [row.to_dict() for row in rows]})
+        else:
+            print_rows(f"{model}: {len(layers)} MoE layers, all patched. Text: {data.source}.", rows)
+    finally:  # also where stdout was closed
+        if folder is not None:
+            save_model(patch_model(loaded, entries[-1].router), tokenizer, folder)

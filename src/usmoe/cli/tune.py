@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -16,6 +16,7 @@ from usmoe.cli.options import AsJson, Debug, Device, Dtype, Force, Offline, Seed
 if TYPE_CHECKING:
     from usmoe.cli.tokens import Corpus
     from usmoe.hf.compare import Row
+    from usmoe.hf.layers import Layer
     from usmoe.routing import USMoE
 
 
@@ -52,11 +53,10 @@ def tune(
     import torch
 
     from usmoe.cli.measure import measure
-    from usmoe.cli.routers import save_model, write_routers
     from usmoe.cli.tokens import corpus
-    from usmoe.hf.frontier import WAYS, frontier
+    from usmoe.hf.frontier import frontier
     from usmoe.hf.load import load
-    from usmoe.hf.patch import patch, supported_layers
+    from usmoe.hf.patch import supported_layers
     from usmoe.hf.tune import trials
     from usmoe.routing import USMoE
 
@@ -78,32 +78,13 @@ def tune(
     best = entries[-1].router
     about = {"model": model, "text": data.source, "tokens": data.tokens.numel(), "length": data.tokens.shape[1]}
     about |= {"routers": {layer.name: str(router) for layer, router in zip(layers, best, strict=True)}, "seed": seed}
-    if as_json:
-        options.write_json(about | {"rows": [row.to_dict() for row in rows]})
-    else:
-        _print(model, len(layers), data, rows, best)
-    # after the result is on the screen: a full disk then costs a file, not the search
-    if targets[0] is not None:
-        write_routers(targets[0], {layer.name: router for layer, router in zip(layers, best, strict=True)})
-    if targets[1] is not None:
-        from usmoe.report.frontier import frontier_plot
-
-        own = rows[0]
-        frontier_plot(
-            targets[1],
-            {
-                way: [(1.0, 0.0)]
-                + [
-                    (row.moe_flops / own.moe_flops, row.bits_per_byte - own.bits_per_byte)
-                    for row in rows
-                    if row.label.startswith(way)
-                ]
-                for way in WAYS
-            },
-            f"{model}: {data.source}",
-        )
-    if folder is not None:
-        save_model(patch(loaded, best), tokenizer, folder)
+    try:  # a full disk then costs a file, not the search; and a pipe that was closed costs no file
+        if as_json:
+            options.write_json(about | {"rows": [row.to_dict() for row in rows]})
+        else:
+            _print(model, len(layers), data, rows, best)
+    finally:
+        _write(loaded, tokenizer, layers, rows, best, targets, folder, f"{model}: {data.source}")
 
 
 def _print(model: str, layers: int, data: Corpus, rows: Sequence[Row], best: list[USMoE]) -> None:
@@ -120,3 +101,32 @@ def _as_budget(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def _write(
+    model: Any,
+    tokenizer: Any,
+    layers: Sequence[Layer],
+    rows: Sequence[Row],
+    best: list[USMoE],
+    targets: Sequence[Path | None],
+    folder: Path | None,
+    title: str,
+) -> None:
+    """Routers and plot into `targets`, the patched model into the folder, where they are asked for."""
+    from usmoe.cli.routers import save_model, write_routers
+    from usmoe.hf.frontier import WAYS
+    from usmoe.hf.patch import patch
+    from usmoe.report.frontier import frontier_plot
+
+    routers, plot = targets
+    if routers is not None:
+        write_routers(routers, {layer.name: router for layer, router in zip(layers, best, strict=True)})
+    if plot is not None:
+        own = rows[0]
+        points = {way: [(1.0, 0.0)] for way in WAYS}
+        for way, row in ((way, row) for way in WAYS for row in rows if row.label.startswith(f"{way}, ")):
+            points[way].append((row.moe_flops / own.moe_flops, row.bits_per_byte - own.bits_per_byte))
+        frontier_plot(plot, points, title)
+    if folder is not None:
+        save_model(patch(model, best), tokenizer, folder)
