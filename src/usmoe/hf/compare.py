@@ -175,9 +175,8 @@ def _row(
 
 
 def _budget(router: Any, layer: Layer) -> float | None:
-    """Experts a token that a router is asked for in a layer."""
-    given = hasattr(router, "k") and not (router.k is None and getattr(router, "threshold", None) is not None)
-    return experts_per_token(router.k, layer.host, layer.columns) if given else None
+    """Experts a token that a router is asked for in a layer: the model's own number where it names none."""
+    return experts_per_token(router.k, layer.host, layer.columns) if hasattr(router, "k") else None
 
 
 class Tally:
