@@ -296,13 +296,15 @@ def _grid(state: Patch, layer: Layer, router: Any, tokens: int) -> tuple[tuple[i
     now = state.forward
     shapes = [now.shape] if now.running or now.valid is not None else []
     shapes += [now.grids.get(layer.name), now.shape]
-    found = next((shape for shape in shapes if shape is not None and shape[0] * shape[1] == tokens), (1, tokens))
-    if now.valid is None or tuple(now.valid.shape) == found:
+    known = next((shape for shape in shapes if shape is not None and shape[0] * shape[1] == tokens), None)
+    found = (1, tokens) if known is None else known
+    partly = known is None and now.shape is not None and now.shape[0] > 1  # whose tokens are they?
+    if (now.valid is None and not partly) or (now.valid is not None and tuple(now.valid.shape) == found):
         return found, now.valid
     if is_causal(router) and not getattr(router, "remembers", False):
         return found, None
     raise ValueError(
-        f"{layer.name} sees {found[0]} x {found[1]} tokens, but the model was given {tuple(now.valid.shape)}, and "
-        f"usmoe cannot tell which of them are padding. Under {router} they compete: use a threshold, which looks at "
-        "each by itself."
+        f"{layer.name} sees {found[0]} x {found[1]} tokens, but the model was given {now.shape}, and "
+        f"usmoe cannot tell which of them they are. Under {router} they compete: use a threshold, which looks at each "
+        "by itself."
     )
