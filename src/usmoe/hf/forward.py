@@ -165,12 +165,17 @@ def _real(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int | No
         ) from None
     except UnreadableMaskError as error:
         for router in state.routers:
-            if not is_causal(router) or getattr(router, "remembers", False):
+            if not _looks_at_one_token(router):
                 raise ValueError(
                     f"usmoe cannot tell from an attention mask {error} which tokens are padding, and under {router} "
                     "padding would compete. Give attention_mask (sequences, tokens), 0 for padding."
                 ) from None
         return None
+
+
+def _looks_at_one_token(router: Any) -> bool:
+    """Whether the route of a token is its own matter, so that nothing need be known of the others."""
+    return is_causal(router) and not getattr(router, "remembers", False)
 
 
 def _segments(positions: Any, mask: Any, shape: tuple[int, int] | None, past: int | None) -> Tensor | None:
@@ -301,7 +306,7 @@ def _grid(state: Patch, layer: Layer, router: Any, tokens: int) -> tuple[tuple[i
     partly = known is None and now.shape is not None and now.shape[0] > 1  # whose tokens are they?
     if (now.valid is None and not partly) or (now.valid is not None and tuple(now.valid.shape) == found):
         return found, now.valid
-    if is_causal(router) and not getattr(router, "remembers", False):
+    if _looks_at_one_token(router):
         return found, None
     raise ValueError(
         f"{layer.name} sees {found[0]} x {found[1]} tokens, but the model was given {now.shape}, and "
