@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 import usmoe
@@ -14,9 +13,12 @@ from usmoe.hf.layers import moe_layers, plain_name
 
 peft = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # which peft 0.21 reads
-)
+pytestmark = [
+    pytest.mark.usefixtures("quiet_transformers"),
+    pytest.mark.filterwarnings(
+        "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # which peft 0.21 reads
+    ),
+]
 USMOE = usmoe.USMoE(k=1.5)
 NAMES = ["model.layers.0.mlp", "model.layers.1.mlp"]
 THROUGH = {
@@ -24,15 +26,6 @@ THROUGH = {
     "the LoraModel": lambda adapted: adapted.base_model,
     "the model inside": lambda adapted: adapted.get_base_model(),
 }
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Tiny shapes contradict what gpt_oss was published with, and transformers says so by its logger."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
 
 
 def targets(family: str) -> list[str]:

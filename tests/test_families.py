@@ -14,18 +14,11 @@ from families import FAMILIES, OUTSIDERS, build, inputs
 from families_table import answer, distance, shown
 from usmoe.hf.layers import Layer, moe_layers
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 LARGEST = 5e-6
 """Own choice against the model, relative to the largest logit: float32 rounding through three layers. docs/families.md
 states what was seen for each family."""
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Tiny shapes contradict what some families were published with, and transformers says so by its logger."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

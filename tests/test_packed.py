@@ -14,18 +14,11 @@ from tiny import tiny, tokens
 from usmoe.hf.layers import Layer, moe_layers
 from usmoe.hf.packed import packed_experts, shape_of, weights_of
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 FAMILIES = ["olmoe", "mixtral", "gpt_oss", "qwen2_moe"]
 KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 WEIGHTS = ("gate_up_proj", "down_proj")
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Tiny shapes contradict what gpt_oss was published with, and transformers says so by its logger."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
 
 
 def whole(family: str = "olmoe", **changes):
