@@ -17,6 +17,7 @@ from usmoe.routing import ROUTERS, BoundedChoice, ExpertChoice, OwnChoice, Token
 from usmoe.types import Promises, RouterOutput, Routing
 
 if TYPE_CHECKING:
+    from usmoe.embed.encoder import Encoder
     from usmoe.hf.calibrate import calibrate
     from usmoe.hf.load import from_pretrained
     from usmoe.hf.packed import quantize_experts
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Encoder": "usmoe.embed.encoder",
     "calibrate": "usmoe.hf.calibrate",
     "from_pretrained": "usmoe.hf.load",
     "patch": "usmoe.hf.patch",
@@ -42,6 +44,7 @@ _LAZY = {
 __all__ = [
     "ROUTERS",
     "BoundedChoice",
+    "Encoder",
     "ExpertChoice",
     "MoE",
     "OwnChoice",

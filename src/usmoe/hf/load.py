@@ -22,8 +22,7 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """A causal language model in evaluation mode, and its tokenizer; `load_model` says what the arguments mean."""
     loaded = load_model(model, dtype=dtype, device=device, offline=offline)
-    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", model, offline)
-    return loaded, tokenizer
+    return loaded, load_tokenizer(model, offline=offline)
 
 
 def load_model(
@@ -38,11 +37,27 @@ def load_model(
 
     Raises ValueError, in one sentence, where there is no such folder or the hub does not give the model.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown. Choose one of: {', '.join(DTYPES)}.")
+    _refuse_dtype(dtype)
     place = _known(device)
     loaded = _from_pretrained(AutoModelForCausalLM, "model", model, offline, dtype=DTYPES[dtype], use_safetensors=True)
     return loaded.to(place).eval()
+
+
+def load_as_saved(
+    model: str | Path | None = None, *, dtype: str = "float32", device: str = "cpu", offline: bool = False
+) -> PreTrainedModel:
+    """A model of the class that it was saved as, dense or MoE, with the routers that it was saved with, in evaluation
+    mode; `load_model` says what the arguments mean, and what is raised."""
+    _refuse_dtype(dtype)
+    place = _known(device)
+    source = SHIPPED if model is None else model
+    loaded = from_pretrained(source, dtype=DTYPES[dtype], local_files_only=offline)
+    return loaded.to(place).eval()
+
+
+def load_tokenizer(model: str | Path | None = None, *, offline: bool = False) -> Any:
+    """The tokenizer of the shipped model (None), of a folder, or of a hub id. Raises ValueError where there is none."""
+    return _from_pretrained(AutoTokenizer, "tokenizer", model, offline)
 
 
 def from_pretrained(path: str | Path, router: Any = None, **options: Any) -> PreTrainedModel:
@@ -128,6 +143,11 @@ def _from_pretrained(auto: Any, what: str, model: str | Path | None, offline: bo
             "cannot be loaded from its folder" if folder.exists() else "is no folder here, and the hub did not give it"
         )
         raise ValueError(f"The {what} of {source} {where}: {error}") from error
+
+
+def _refuse_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown. Choose one of: {', '.join(DTYPES)}.")
 
 
 def _known(device: str) -> torch.device:

@@ -211,6 +211,21 @@ def patched(model: PreTrainedModel, router: Any) -> Iterator[PreTrainedModel]:
                 _install(unwrapped(model), before.layers, before.routers, before.token, before.cuts)
 
 
+@contextlib.contextmanager
+def unpatched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model without its patch for the length of a with block; then with it again, where there was one."""
+    before = patch_of(model)
+    unpatch(model)
+    try:
+        yield model
+    finally:
+        if before is not None and patch_of(model) is None:
+            _install(unwrapped(model), before.layers, before.routers, before.token, before.cuts)
+            now = patch_of(model)
+            assert now is not None
+            now.listeners = before.listeners
+
+
 def patch_of(model: nn.Module) -> Patch | None:
     """The Patch that a model carries, itself or inside of what wraps it; None where there is none."""
     return unwrapped(model).__dict__.get(_ATTRIBUTE)

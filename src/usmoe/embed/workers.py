@@ -1,0 +1,67 @@
+"""Encoding in several processes: each holds the model once and runs the batches that it is handed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from usmoe.embed.features import Extractor, Features
+from usmoe.hf.patch import patch, unpatched
+
+_Batch = Sequence[Sequence[int]]
+
+
+class Workers:
+    """Processes that extract features; a context manager that ends them, also after an error or Ctrl-C."""
+
+    def __init__(self, extract: Extractor, routers: Any, processes: int) -> None:
+        """routers: what the model is to be patched with in each process; None for no patch."""
+        with unpatched(extract.model):  # hooks do not travel; weights are shared, not copied
+            self._pool = ProcessPoolExecutor(
+                processes,
+                mp_context=torch.multiprocessing.get_context("spawn"),
+                initializer=_begin,
+                initargs=(
+                    dataclasses.replace(extract, layers=()),
+                    [layer.name for layer in extract.layers],
+                    routers,
+                    max(1, torch.get_num_threads() // processes),
+                ),
+            )
+            list(self._pool.map(_ready, range(processes)))  # they start, and are sent the model, while it is bare
+
+    def __call__(self, batches: Sequence[_Batch]) -> Iterator[Features]:
+        """The features of each batch, in their order."""
+        return self._pool.map(_extract, batches)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+_here: dict[str, Extractor] = {}
+"""In a process of the pool: what it runs."""
+
+
+def _begin(extract: Extractor, names: list[str], routers: Any, threads: int) -> None:
+    from usmoe.embed.features import chosen_layers
+
+    torch.set_num_threads(threads)
+    if routers is not None:
+        patch(extract.model, routers)
+    layers = chosen_layers(extract.model, names) if extract.router else ()
+    _here["extract"] = dataclasses.replace(extract, layers=layers)
+
+
+def _ready(index: int) -> int:
+    return index
+
+
+def _extract(batch: _Batch) -> Features:
+    return _here["extract"](batch)
