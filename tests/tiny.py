@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _SHAPE = dict(
     vocab_size=96,
@@ -55,3 +56,13 @@ def tiny(family: str = "olmoe", seed: int = 0, **changes) -> PreTrainedModel:
 def tokens(batch: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
     """(batch, length) of random token ids, none of them padding."""
     return torch.randint(2, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer(**settings) -> PreTrainedTokenizerFast:
+    """A token a character, for the tiny models: ids 2 to 95; what is no printable ASCII is "?"."""
+    characters = [chr(code) for code in range(32, 126)]
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {character: 2 + index for index, character in enumerate(characters)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    given = dict(pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False) | settings
+    return PreTrainedTokenizerFast(tokenizer_object=made, **given)

@@ -52,13 +52,14 @@ def patch(
 
     from usmoe.cli.info import print_layers
     from usmoe.cli.measure import measure
-    from usmoe.cli.routers import read_router, save_model
+    from usmoe.cli.routers import save_model
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
     from usmoe.hf.compare import Contender, settled
     from usmoe.hf.load import load, load_model
     from usmoe.hf.patch import patch as patch_model
     from usmoe.hf.patch import supported_layers
+    from usmoe.hf.saved import read_router
     from usmoe.hf.supported import supported
     from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 

@@ -1,4 +1,4 @@
-"""Routers on the command line: as text, as package.module:name, or in a file that `usmoe tune` wrote."""
+"""Writing routers and patched models: whole, or not at all."""
 
 from __future__ import annotations
 
@@ -7,27 +7,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-
-def read_router(given: str) -> Any:
-    """A router from its text, or {layer name: router} from a file that ends in .json.
-
-    Raises ValueError where the file is missing, or holds no routers.
-    """
-    from usmoe import parse_router
-
-    if not given.endswith(".json"):
-        return parse_router(given)
-    path = Path(given)
-    if not path.is_file():
-        raise ValueError(f"There is no file {given}. Give a router, or a file that usmoe tune --output wrote.")
-    from usmoe.hf.saved import routers_in
-
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{given} is not JSON: {error}. Give a file that usmoe tune --output wrote.") from error
-    return routers_in(data, given)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -13,12 +13,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from usmoe.embed import similarity
-from usmoe.embed.features import Extractor, Features, chosen_layers
+from usmoe.embed.features import Extractor, Features, chosen_layers, reading_layers
 from usmoe.embed.pooling import POOLINGS
 from usmoe.embed.prompts import template_of
 from usmoe.embed.standardize import Statistics, sample_of
 from usmoe.embed.texts import Reader, longest
 from usmoe.embed.workers import Workers
+from usmoe.hf.layers import Layer
 from usmoe.hf.load import load_as_saved, load_tokenizer
 from usmoe.hf.patch import patch, patch_of, patched
 from usmoe.routing import OwnChoice
@@ -85,9 +86,9 @@ class Encoder:
                  own is left as it is: it is patched while it encodes, and only then.
     tokenizer    that of the model; None: from where the model comes
     router       as in usmoe.patch(); None: what the model does by itself, patched or not
-    standardize  None: features as they are. "novels" (a sample that ships with usmoe), a file with a text a line, a list
-                 of texts, or {name: texts}: each feature minus its mean, over its deviation, both taken once over that
-                 sample and kept with the encoder. Or Statistics that were kept.
+    standardize  None: features as they are. "novels" (a sample that ships with usmoe), a file with a text a line, a
+                 list of texts, or {name: texts}: each feature minus its mean, over its deviation, both taken once over
+                 that sample and kept with the encoder. Or Statistics that were kept.
     device, dtype, offline   for a model that is loaded here: where, float32 | bfloat16 | float16, without the hub
     others       EncoderSettings says what they mean
 
@@ -98,6 +99,9 @@ class Encoder:
     Raises ValueError, in one sentence, for what is unknown or does not fit together, and where a model has no MoE layer
     for a router or for router features.
     """
+
+    _run: Any = None
+    """Within `working`: what runs batches."""
 
     def __init__(
         self,
@@ -132,14 +136,14 @@ class Encoder:
         self._ours = model is None or isinstance(model, str | Path)
         if model is None or isinstance(model, str | Path):
             self.source: str | None = "shipped" if model is None else str(model)
-            self.model: Any = load_as_saved(model, device=device, dtype=dtype, offline=offline)
+            self.model: Any = load_as_saved(model, router, device=device, dtype=dtype, offline=offline)
             given = model if tokenizer is None else tokenizer
             self.tokenizer = load_tokenizer(given, offline=offline) if _is_place(given) else given
         else:
             self.source = getattr(getattr(model, "config", None), "_name_or_path", None) or None
             self.model = model
             self.tokenizer = _tokenizer_of(model, tokenizer, self.source, offline)
-        if self._ours and (router is not None or self._listens):
+        if self._ours and self._listens and patch_of(self.model) is None:
             patch(self.model, self._routers())
         self._make()
         self.statistics: Statistics | None = None
@@ -152,18 +156,22 @@ class Encoder:
         """What reads texts and what runs the model, by the settings."""
         settings = self.settings
         limit = longest(self.model, self.tokenizer, settings.max_length)
-        self._read = Reader(tokenizer=self.tokenizer, prompt=settings.prompt, max_length=limit)
-        padding = getattr(self.tokenizer, "pad_token_id", None)
-        with self.routed():
-            layers = chosen_layers(self.model, settings.layers) if self._listens else ()
-        self._extract = Extractor(
+        self.read = Reader(tokenizer=self.tokenizer, prompt=settings.prompt, max_length=limit)
+        padding = getattr(self.tokenizer, "pad_token_id", None) or 0
+        layers: tuple[Layer, ...] = ()
+        if self._listens:
+            with self.routed():
+                layers = chosen_layers(self.model, settings.layers)
+                if settings.layers is None:
+                    layers = reading_layers(self.model, layers, padding)
+        self.extract = Extractor(
             model=self.model,
             pooling=settings.pooling,
             hidden=settings.embedding != "router",
             router=self._listens,
             probabilities=settings.router_features == "probabilities",
             layers=layers,
-            padding=0 if padding is None else padding,
+            padding=padding,
         )
 
     @property
@@ -206,7 +214,7 @@ class Encoder:
     @property
     def max_length(self) -> int | None:
         """Tokens of prompt and text that are read, at most."""
-        return self._read.max_length
+        return self.read.max_length
 
     def encode(
         self,
@@ -222,7 +230,7 @@ class Encoder:
         batch_size   texts in a batch; they are sorted by length before, so that little is padding
         progress     a bar on stderr, where that is a terminal
         instruction  put before each text in the wrapper that MoEE uses; None: no wrapper
-        processes    on a CPU, into how many processes to divide; each holds the model once. From a script, call it under
+        processes    into how many processes to divide; each holds the model once. From a script, call it under
                      `if __name__ == "__main__":`, as Python asks of whoever starts processes
 
         Of a text that is longer than the model can read, the end is cut off, and the prompt stays whole. An empty text
@@ -249,7 +257,7 @@ class Encoder:
         for name, value in (("batch_size", batch_size), ("processes", processes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is impossible. Give a whole number, 1 or more.")
-        ids = self._read(texts, instruction)
+        ids, cut = self.read.ids_and_cut(texts, instruction)
         if not ids:
             empty = self.features(["a"], progress=False)
             return Features(**{name: None if part is None else part[:0] for name, part in vars(empty).items()})
@@ -265,17 +273,31 @@ class Encoder:
                 bar.update(len(batch))
         back = np.argsort(order)
         parts = {name: [getattr(one, name) for one in found] for name in ("hidden", "router")}
-        return Features(**{n: None if p[0] is None else np.concatenate(p)[back] for n, p in parts.items()})
+        return Features(**{n: None if p[0] is None else np.concatenate(p)[back] for n, p in parts.items()}, cut=cut)
+
+    @contextlib.contextmanager
+    def working(self, processes: int = 1) -> Iterator[None]:
+        """Within it, `encode` and `features` divide their work among these processes, which are started once, whatever
+        they are called with."""
+        before = self._run
+        with self._runs(processes) as run:
+            self._run = run
+            try:
+                yield
+            finally:
+                self._run = before
 
     @contextlib.contextmanager
     def _runs(self, processes: int) -> Iterator[Any]:
         """A function from batches of ids to their features, one after the other."""
-        if processes > 1:
-            with Workers(self._extract, self._routers() if self._is_routed() else None, processes) as workers:
+        if self._run is not None:
+            yield self._run
+        elif processes > 1:
+            with Workers(self.extract, self._routers() if self._is_routed() else None, processes) as workers:
                 yield workers
         else:
             with self.routed():
-                yield lambda batches: map(self._extract, batches)
+                yield lambda batches: map(self.extract, batches)
 
     def _is_routed(self) -> bool:
         with self.routed():
@@ -284,8 +306,8 @@ class Encoder:
     def combine(self, features: Features) -> np.ndarray:
         """(n, D): the vectors of features, standardised where the encoder has statistics.
 
-        moee concat: hidden state and router features, one beside the other. moee sum: both of length 1, the second times
-        the root of w, so that the dot product of two vectors is cos(hidden) + w cos(router).
+        moee concat: hidden state and router features, one beside the other. moee sum: both of length 1, the second
+        times the root of w, so that the dot product of two vectors is cos(hidden) + w cos(router).
         """
         whole = features.whole if self.statistics is None else self.statistics(features.whole)
         if not self.settings.is_sum:
@@ -321,6 +343,7 @@ class Encoder:
         sample = changes.pop("standardize", None)
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
+        other._run = None
         other.settings = replace(self.settings, **changes)
         if self._ours and other._listens and patch_of(self.model) is None:
             patch(self.model, self._routers())

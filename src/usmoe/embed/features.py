@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ class Features:
     """(n, D): the pooled last hidden state."""
     router: np.ndarray | None
     """(n, R): the pooled router logits (or probabilities) of each chosen MoE layer, one beside the other."""
+    cut: np.ndarray | None = None
+    """(n,): True where a text was longer than the model reads, so that its end was left out; None where texts came as
+    token ids."""
 
     @property
     def whole(self) -> np.ndarray:
@@ -55,54 +59,73 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[Sequence[int]]) -> Features:
-        """The features of a batch of token ids. Padding stands on the right, where no token attends to it."""
+        """The features of a batch of token ids."""
+        return self.of_tokens(*self.padded(batch))
+
+    def padded(self, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) and lengths (B,). Padding stands on the right, where no token attends to it."""
         lengths = torch.tensor([len(ids) for ids in batch])
         tokens = torch.full((len(batch), int(lengths.max())), self.padding)
         for row, ids in zip(tokens, batch, strict=True):
             row[: len(ids)] = torch.tensor(ids)
-        return self.of_tokens(tokens, lengths)
+        return tokens, lengths
 
     @torch.inference_mode()
     def of_tokens(self, tokens: Tensor, lengths: Tensor) -> Features:
-        """The features of tokens (B, L), padded on the right, with `lengths` (B,) real tokens each."""
-        inner = unwrapped(self.model)
-        device = inner.get_input_embeddings().weight.device
-        rows = inner.get_input_embeddings().weight.shape[0]
-        if int(tokens.max()) >= rows:
-            raise ValueError(
-                f"The tokenizer gives token {int(tokens.max())}, and the model has {rows}. Give the tokenizer that "
-                "belongs to the model."
-            )
-        tokens, lengths = tokens.to(device), lengths.to(device)
-        mask = (torch.arange(tokens.shape[1], device=device) < lengths.unsqueeze(1)).long()
-        said: dict[str, Tensor] = {}
+        """The features of tokens (B, L), padded on the right, with `lengths` (B,) real tokens each.
+
+        Raises ValueError for a token that the model does not have, and for a model that reads no text.
+        """
+        states, said = _run(self.model, tokens, lengths, self.layers if self.router else ())
         pool = POOLINGS[self.pooling]
-        wanted = {layer.name: layer for layer in self.layers}
+        pooled = []
+        for layer in self.layers if self.router else ():
+            logits = said.get(layer.name)
+            if logits is None or logits.shape[:2] != tokens.shape:
+                raise ValueError(f"{layer.name} does not read the tokens of a text. Choose other layers.")
+            scores = layer.host.weighing_scores(logits.float()) if self.probabilities else logits
+            pooled.append(pool(scores, lengths.to(scores.device)).cpu())
+        return Features(
+            hidden=pool(states, lengths.to(states.device)).cpu().numpy() if self.hidden else None,
+            router=torch.cat(pooled, 1).numpy() if self.router else None,
+        )
 
-        def listen(name: str, output: RouterOutput) -> None:
-            if name in wanted:
-                said[name] = self._of_router(wanted[name], output, tokens, lengths)
 
-        with listening(inner, listen) if self.router else contextlib.nullcontext():
-            states = _last_hidden_state(inner, tokens, mask)
-        if self.router and len(said) < len(wanted):
-            silent = next(name for name in wanted if name not in said)
-            raise ValueError(f"{silent} did not run, so it has nothing to say. Choose other layers.")
-        router = torch.cat([said[name] for name in wanted], 1).cpu().numpy() if self.router else None
-        hidden = pool(states, lengths.to(states.device)).cpu().numpy() if self.hidden else None
-        return Features(hidden=hidden, router=router)
+def _run(
+    model: PreTrainedModel, tokens: Tensor, lengths: Tensor, layers: Sequence[Layer]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The last hidden state (B, L, D) of a forward without the language head, and the logits of these layers' routers:
+    (B, L, E), or as they come where a layer reads something else."""
+    inner = unwrapped(model)
+    table: Any = getattr(inner.get_input_embeddings(), "weight", None)
+    if inner.main_input_name != "input_ids" or not isinstance(table, Tensor) or table.ndim != 2:
+        raise ValueError(
+            f"{type(inner).__name__} reads no token ids, so it cannot embed a text. Give a language model."
+        )
+    if int(tokens.max()) >= len(table):
+        raise ValueError(
+            f"The tokenizer gives token {int(tokens.max())}, and the model has {len(table)}. Give the tokenizer that "
+            "belongs to the model."
+        )
+    tokens, lengths = tokens.to(table.device), lengths.to(table.device)
+    mask = (torch.arange(tokens.shape[1], device=table.device) < lengths.unsqueeze(1)).long()
+    said: dict[str, Tensor] = {}
+    wanted = {layer.name for layer in layers}
 
-    def _of_router(self, layer: Layer, output: RouterOutput, tokens: Tensor, lengths: Tensor) -> Tensor:
-        logits = output.logits
-        if logits.shape[0] * logits.shape[1] != tokens.numel():
-            raise ValueError(
-                f"{layer.name} sees {logits.shape[0] * logits.shape[1]} tokens where the model was given "
-                f"{tokens.numel()}, so its router has nothing to say of some texts. Choose other layers."
-            )
-        logits = logits.reshape(*tokens.shape, -1)
-        if self.probabilities:
-            logits = layer.host.weighing_scores(logits.float())
-        return POOLINGS[self.pooling](logits, lengths.to(logits.device)).cpu()
+    def listen(name: str, output: RouterOutput) -> None:
+        if name in wanted:
+            logits = output.logits
+            same = logits.shape[0] * logits.shape[1] == tokens.numel()
+            said[name] = logits.reshape(*tokens.shape, -1) if same else logits
+
+    with listening(inner, listen) if layers else contextlib.nullcontext():
+        states = _last_hidden_state(inner, tokens, mask)
+    if states.shape[:2] != tokens.shape:
+        raise ValueError(
+            f"{type(inner).__name__} was given {tuple(tokens.shape)} tokens and has hidden states of "
+            f"{tuple(states.shape[:2])}, so none of them is a text's. Give a model that reads and answers token by token."
+        )
+    return states, said
 
 
 def _last_hidden_state(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -120,6 +143,23 @@ def _last_hidden_state(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> 
             raise ValueError(f"{type(model).__name__} gives no hidden states, so it cannot embed a text.")
         state = states[-1]
     return state
+
+
+@torch.inference_mode()
+def reading_layers(model: PreTrainedModel, layers: Sequence[Layer], token: int) -> tuple[Layer, ...]:
+    """Those of the layers that read the tokens of a text: not the ones that wait for images, say. The model is patched,
+    and is run on two short rows of `token`.
+
+    Raises ValueError where none does.
+    """
+    reading = list(layers)
+    for length in (3, 5):  # a layer with tokens of its own may have as many as one of the rows
+        tokens = torch.full((1, length), token)
+        _, said = _run(model, tokens, torch.tensor([length]), reading)
+        reading = [one for one in reading if one.name in said and said[one.name].shape[:2] == tokens.shape]
+    if not reading:
+        raise ValueError(f"No MoE layer of {type(unwrapped(model)).__name__} reads the tokens of a text.")
+    return tuple(reading)
 
 
 def chosen_layers(model: PreTrainedModel, layers: Sequence[int | str] | None) -> tuple[Layer, ...]:

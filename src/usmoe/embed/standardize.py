@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from usmoe.embed.rows import texts_of
 from usmoe.models import CALIBRATION
 
 SHIPPED_SAMPLE = "novels"
@@ -58,8 +59,8 @@ class Statistics:
 
 
 def sample_of(given: Any) -> tuple[str, list[str]]:
-    """Name and texts of a sample: the shipped one ("novels"), a file of UTF-8 text with a text a line, a list of texts,
-    or {name: texts}.
+    """Name and texts of a sample: the shipped one ("novels"), a file (as usmoe.embed.rows reads them), a list of texts, or
+    {name: texts}.
 
     Raises ValueError for a file that is missing or not UTF-8, and TypeError for what is none of these.
     """
@@ -76,11 +77,7 @@ def sample_of(given: Any) -> tuple[str, list[str]]:
                 f"standardize={str(given)!r} is no sample and no file. Give {SHIPPED_SAMPLE!r}, a file with a text a "
                 "line, or a list of texts."
             )
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 (byte {error.start}). Convert it.") from error
-        return path.name, [line for line in lines if line.strip()]
+        return path.name, [text for text in texts_of(str(path)) if text.strip()]
     if isinstance(given, Sequence):
         texts = list(given)
         digest = hashlib.sha256("\0".join(map(str, texts)).encode()).hexdigest()[:8]

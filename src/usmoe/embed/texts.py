@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from usmoe.embed.prompts import instructed, template_of
 
 _AT_ONCE = 4096
@@ -23,7 +25,12 @@ class Reader:
     """Tokens of a sequence, at most; None where the model has no limit."""
 
     def __call__(self, texts: Sequence[str], instruction: str | None = None) -> list[list[int]]:
-        """The token ids of each text, as its model's tokenizer gives them for prompt and text together.
+        """The token ids of each text; `ids_and_cut` says more."""
+        return self.ids_and_cut(texts, instruction)[0]
+
+    def ids_and_cut(self, texts: Sequence[str], instruction: str | None = None) -> tuple[list[list[int]], np.ndarray]:
+        """The token ids of each text, as its model's tokenizer gives them for prompt and text together; and (n,), True
+        for a text that was too long.
 
         Of a text that is too long, the end is cut off: what the prompt has behind the text stays. A text that has no
         token at all is read as the token that begins a text (or, in a model without one, ends it).
@@ -37,12 +44,14 @@ class Reader:
         for start in range(0, len(texts), _AT_ONCE):
             part = [f"{before}{text}{after}" for text in texts[start : start + _AT_ONCE]]
             found += self.tokenizer(part, verbose=False)["input_ids"]
+        limit = float("inf") if self.max_length is None else self.max_length
+        cut = np.array([len(ids) > limit for ids in found], dtype=bool)
         for index, ids in enumerate(found):
-            if self.max_length is not None and len(ids) > self.max_length:
+            if cut[index]:
                 found[index] = self._cut(before, texts[index], after)
             elif not ids:
                 found[index] = [self._nothing()]
-        return found
+        return found, cut
 
     def _cut(self, before: str, text: str, after: str) -> list[int]:
         """The ids with the end of the text left out, so that they are `max_length`."""

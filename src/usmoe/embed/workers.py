@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -52,11 +56,21 @@ _here: dict[str, Extractor] = {}
 def _begin(extract: Extractor, names: list[str], routers: Any, threads: int) -> None:
     from usmoe.embed.features import chosen_layers
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     if routers is not None:
         patch(extract.model, routers)
     layers = chosen_layers(extract.model, names) if extract.router else ()
     _here["extract"] = dataclasses.replace(extract, layers=layers)
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would wait for work for ever, and hold the model."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _ready(index: int) -> int:

@@ -44,14 +44,19 @@ def load_model(
 
 
 def load_as_saved(
-    model: str | Path | None = None, *, dtype: str = "float32", device: str = "cpu", offline: bool = False
+    model: str | Path | None = None,
+    router: Any = None,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    offline: bool = False,
 ) -> PreTrainedModel:
-    """A model of the class that it was saved as, dense or MoE, with the routers that it was saved with, in evaluation
-    mode; `load_model` says what the arguments mean, and what is raised."""
+    """A model of the class that it was saved as, dense or MoE, under `router`, or with the routers that it was saved
+    with, in evaluation mode; `load_model` says what the other arguments mean, and what is raised."""
     _refuse_dtype(dtype)
     place = _known(device)
     source = SHIPPED if model is None else model
-    loaded = from_pretrained(source, dtype=DTYPES[dtype], local_files_only=offline)
+    loaded: Any = from_pretrained(source, router, dtype=DTYPES[dtype], local_files_only=offline)
     return loaded.to(place).eval()
 
 

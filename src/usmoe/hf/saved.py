@@ -1,9 +1,12 @@
-"""Routers in a model's configuration: written by save_pretrained() of a patched model, read by from_pretrained()."""
+"""Routers as data: in a model's configuration, written by save_pretrained() of a patched model and read by
+from_pretrained(), and in files that `usmoe tune` writes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from usmoe.routing import parse_router
@@ -49,8 +52,8 @@ def routers_of(config: Any, source: str) -> dict[str, Any] | None:
     return None if data is None else routers_in(data, f"config.usmoe of {source}")
 
 
-def routers_in(data: Any, source: str) -> dict[str, Any]:
-    """{layer name: router} of what `as_data()` made.
+def routers_in(data: Any, source: str, give: str = "usmoe.from_pretrained(path, router=...)") -> dict[str, Any]:
+    """{layer name: router} of what `as_data()` made; give: how to give a router instead, for the message.
 
     Raises ValueError for a newer schema, for a router of somebody's own code, and for what is no router.
     """
@@ -67,7 +70,7 @@ def routers_in(data: Any, source: str) -> dict[str, Any]:
         if isinstance(one, Mapping) and one.get("router") is None and "own" in one:
             raise ValueError(
                 f"{source} names a router of its author's own, {one['own']}, which usmoe does not run from a file. "
-                "Give it: usmoe.from_pretrained(path, router=...)."
+                f"Give it: {give}."
             )
         try:
             if not isinstance(one, Mapping):  # a text could name code, and code is not run from a file
@@ -76,6 +79,23 @@ def routers_in(data: Any, source: str) -> dict[str, Any]:
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{source} holds no router for {name}: {error}") from error
     return found
+
+
+def read_router(given: str) -> Any:
+    """A router from its text, or {layer name: router} from a file that ends in .json.
+
+    Raises ValueError where the file is missing, or holds no routers.
+    """
+    if not given.endswith(".json"):
+        return parse_router(given)
+    path = Path(given)
+    if not path.is_file():
+        raise ValueError(f"There is no file {given}. Give a router, or a file that usmoe tune --output wrote.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{given} is not JSON: {error}. Give a file that usmoe tune --output wrote.") from error
+    return routers_in(data, given)
 
 
 def without_routers(config: Any) -> None:
