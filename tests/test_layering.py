@@ -1,6 +1,7 @@
 """Imports obey the arrow.
 
-    types -> lp -> routing -> experts -> layers -> {hf, models} -> {embed, train, attack, audit} -> cli
+    types -> lp -> routing -> experts -> layers -> {hf, models} -> {embed, train, attack, audit}
+          -> evaluate -> reproduce -> cli
 
 Two of one brace may know each other in one direction.
 metrics, report and plots read Routing values, recorded tensors and saved results, never a model.
@@ -26,13 +27,15 @@ ARROW = [
     {"layers"},
     {"hf", "models"},
     {"embed", "train", "attack", "audit"},
+    {"evaluate"},
+    {"reproduce"},
 ]
 RANK = {name: rank for rank, names in enumerate(ARROW) for name in names}
 READERS = {"metrics", "report", "plots"}
 TOP = {"cli", "__main__"}
 HEAVY = {"transformers", "datasets", "mteb", "sentence_transformers", "accelerate", "safetensors"}
-HEAVY |= {"matplotlib", "typer", "rich", "tqdm"}
-ADAPTERS = {"hf", "models", "embed", "train", "cli", "__main__", "report", "plots"}
+HEAVY |= {"matplotlib", "typer", "rich", "tqdm", "lm_eval", "pyarrow", "sklearn", "scipy"}
+ADAPTERS = {"hf", "models", "embed", "train", "evaluate", "cli", "__main__", "report", "plots"}
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 

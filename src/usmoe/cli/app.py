@@ -8,8 +8,11 @@ from pathlib import Path
 import typer
 
 from usmoe.cli.demo import demo
+from usmoe.cli.embed import embed
+from usmoe.cli.eval import evaluate
 from usmoe.cli.info import info
 from usmoe.cli.patch import patch
+from usmoe.cli.reproduce import reproduce
 from usmoe.cli.route import route
 from usmoe.cli.tune import tune
 
@@ -21,8 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, info, route, patch, tune):
+for command in (demo, info, route, patch, tune, embed):
     app.command()(command)
+app.command("eval")(evaluate)
+app.command()(reproduce)
 
 
 def main() -> None:
@@ -31,27 +36,38 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))  # for --router module:name of a file that lies here
     try:
         status = app(standalone_mode=False)
+        if status == 130:  # what typer makes of Ctrl-C, without a word
+            raise KeyboardInterrupt
         raise SystemExit(status if isinstance(status, int) else 0)
     except typer.TyperException as error:  # the command was not typed as it should be
         _say(f"{error.format_message().rstrip('. ')}. See --help.")
         raise SystemExit(2) from None
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
         if debug:
             raise
-        _say("stopped; nothing was half-written.")
+        _say(f"stopped; {str(stop) or 'nothing was half-written.'}")
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         if debug or error.name is None or error.name.split(".")[0] == "usmoe":
             raise
-        _say(f"this needs {error.name}. Install it: pip install 'usmoe[hf,viz]'.")
+        _say(f"this needs {error.name}. Install it: pip install 'usmoe[{_extra(error.name)}]'.")
         raise SystemExit(1) from None
     except Exception as error:  # a user sees one line, whatever went wrong; --debug shows the rest
         if debug:
             raise
-        line = " ".join(str(error).split())
+        line = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
         ours = isinstance(error, ValueError | TypeError | OSError)  # a sentence of its own; else say what it is
         _say(f"{line if ours else f'{type(error).__name__}: {line}'}")
         raise SystemExit(1) from None
+
+
+_EXTRAS = {"lm_eval": "lm-eval", "bitsandbytes": "quant", "matplotlib": "viz"}
+_EXTRAS |= dict.fromkeys(("mteb", "sentence_transformers", "datasets", "pyarrow", "sklearn"), "embed")
+
+
+def _extra(package: str) -> str:
+    """The extra that brings a package."""
+    return _EXTRAS.get(package.split(".")[0], "hf")
 
 
 def _say(line: str) -> None:

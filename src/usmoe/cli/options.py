@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +75,22 @@ def output_folder(path: Path | None, force: bool) -> Path | None:
     if not path.parent.is_dir() or not os.access(path if path.is_dir() else path.parent, os.W_OK):
         raise ValueError(f"{path} cannot be made or written. Give a folder where you may write.")
     return path
+
+
+def listed(given: Sequence[str]) -> list[str]:
+    """What an option lists with commas between, and what it lists when it is given again; a comma within brackets
+    belongs to the item: usmoe(k=2, alpha=0.5)."""
+    found, depth = [""], 0
+    for one in given:
+        for character in one:
+            depth += (character in "([{") - (character in ")]}")
+            if character == "," and depth == 0:
+                found.append("")
+            else:
+                found[-1] += character
+        found.append("")
+        depth = 0
+    return list(dict.fromkeys(item.strip() for item in found if item.strip()))
 
 
 def write_json(said: Any) -> None:

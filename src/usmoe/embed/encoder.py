@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -358,7 +359,7 @@ class Encoder:
         """All that a vector of this encoder depends on beside the model's weights, as JSON."""
         with self.routed():
             state = patch_of(self.model)
-        routers = sorted({str(router) for router in state.routers}) if state else []
+        routers = sorted({_in_words(router) for router in state.routers}) if state else []
         about = asdict(self.settings) | {"router": routers[0] if len(routers) == 1 else routers or "own_choice()"}
         return about | {"standardize": None if self.statistics is None else self.statistics.name}
 
@@ -389,6 +390,11 @@ class Encoder:
         from usmoe.embed.mteb_model import MTEBModel
 
         return MTEBModel(self, instructions=instructions)
+
+
+def _in_words(router: Any) -> str:
+    """A router as text, without the address in memory that Python writes for somebody's own function."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(router))
 
 
 def _is_place(given: Any) -> bool:

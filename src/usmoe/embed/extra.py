@@ -13,7 +13,8 @@ def of_extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("mteb", "sentence_transformers"):
+        package = (error.name or "").split(".")[0]
+        if package not in ("mteb", "sentence_transformers"):
             raise
-        message = f"{name} needs {error.name}. Install it: pip install 'usmoe[embed]'."
-        raise ModuleNotFoundError(message, name=error.name) from error
+        message = f"{name} needs {package}. Install it: pip install 'usmoe[embed]'."
+        raise ModuleNotFoundError(message, name=package) from error

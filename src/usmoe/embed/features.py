@@ -123,7 +123,7 @@ def _run(
     if states.shape[:2] != tokens.shape:
         raise ValueError(
             f"{type(inner).__name__} was given {tuple(tokens.shape)} tokens and has hidden states of "
-            f"{tuple(states.shape[:2])}, so none of them is a text's. Give a model that reads and answers token by token."
+            f"{tuple(states.shape[:2])}, so none of them is a text's. Give a model that answers token by token."
         )
     return states, said
 

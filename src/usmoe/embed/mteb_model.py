@@ -130,7 +130,7 @@ class MTEBModel:
         encoder, settings = self.encoder, self.encoder.settings
         listens, statistics = settings.embedding != "hidden", encoder.statistics
         alphas = {getattr(router, "alpha", None) for router in routers}
-        dtype = str(encoder.model.dtype).removeprefix("torch.")
+        dtype = str(unwrapped(encoder.model).dtype).removeprefix("torch.")
         optional = {
             "alpha": alphas.pop() if len(alphas) == 1 else None,
             "pooling": None if settings.pooling == "last" else settings.pooling,

@@ -37,8 +37,8 @@ class Done:
 class Part:
     """A matrix (n, D) of float32 that grows by whole chunks, whatever interrupts the work: a context manager.
 
-    A chunk is on the disk before it is counted, and the count is replaced whole. What stands behind the count is dropped
-    when the work goes on.
+    A chunk is on the disk before it is counted, and the count is replaced whole. What was written but not counted is
+    dropped when the work goes on.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], dimension: int, *, force: bool, anew: bool) -> None:

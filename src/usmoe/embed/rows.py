@@ -34,7 +34,7 @@ def texts_of(source: str, column: str | None = None) -> Iterator[str]:
     path = Path(source)
     if not path.is_file():
         raise ValueError(
-            f"There is no text file {source}. Give a file with a text a line, a .jsonl or .parquet file, or - for stdin."
+            f"There is no text file {source}. Give a file with a text a line, .jsonl or .parquet, or - for stdin."
         )
     if suffix in _OTHERS:
         raise ValueError(

@@ -106,12 +106,12 @@ def load(folder: Path, *, device: str = "cpu", dtype: str | None = None, router:
     try:
         settings = asdict(EncoderSettings(**data["settings"]))
         kept = None if data["statistics"] is None else _statistics(data["statistics"], folder / _ARRAYS)
-        if router is None and data["routers"] is not None:
-            give = "usmoe.Encoder.load(folder, router=...)"
-            router = routers_in(data["routers"], str(path), give)
-        return Encoder(folder, router=router, standardize=kept, device=device, dtype=dtype or data["dtype"], **settings)
+        routers, kind = data["routers"], dtype or data["dtype"]
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is not as usmoe writes it ({error}). Save the encoder again.") from error
+    if router is None and routers is not None:
+        router = routers_in(routers, str(path), "usmoe.Encoder.load(folder, router=...)")
+    return Encoder(folder, router=router, standardize=kept, device=device, dtype=kind, **settings)
 
 
 def _data(path: Path) -> dict[str, Any]:

@@ -59,8 +59,8 @@ class Statistics:
 
 
 def sample_of(given: Any) -> tuple[str, list[str]]:
-    """Name and texts of a sample: the shipped one ("novels"), a file (as usmoe.embed.rows reads them), a list of texts, or
-    {name: texts}.
+    """Name and texts of a sample: the shipped one ("novels"), a file (as usmoe.embed.rows reads them), a list of
+    texts, or {name: texts}.
 
     Raises ValueError for a file that is missing or not UTF-8, and TypeError for what is none of these.
     """

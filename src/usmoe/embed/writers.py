@@ -27,23 +27,24 @@ def npy_header(rows: int, dimension: int) -> bytes:
 def write_parquet(path: Path, blocks: Blocks, dimension: int) -> None:
     """Columns "row" (int64, from 0) and "embedding" (D numbers of float32); a row group a block."""
     parquet = import_parquet()
-    import pyarrow
+    import pyarrow as pa
 
-    vector = pyarrow.list_(pyarrow.float32(), dimension)
-    schema = pyarrow.schema([("row", pyarrow.int64()), ("embedding", vector)])
+    vector = pa.list_(pa.float32(), dimension)
+    schema = pa.schema([("row", pa.int64()), ("embedding", vector)])
     with parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
         for first, block in _numbered(blocks):
-            numbers = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(block.reshape(-1)), dimension)
-            columns = [pyarrow.array(np.arange(first, first + len(block))), numbers]
-            writer.write_batch(pyarrow.record_batch(columns, schema=schema), row_group_size=len(block))
+            numbers = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), dimension)
+            columns = [pa.array(np.arange(first, first + len(block))), numbers]
+            writer.write_batch(pa.record_batch(columns, schema=schema), row_group_size=len(block))
 
 
 def write_jsonl(path: Path, blocks: Blocks, dimension: int) -> None:
     """{"row": 0, "embedding": [...]} a line; nine digits a number, which name a float32 exactly."""
     with path.open("w", encoding="ascii", newline="\n") as file:
         for first, block in _numbered(blocks):
-            for row, vector in enumerate(block.tolist(), first):
-                file.write(f'{{"row": {row}, "embedding": [{", ".join(map("%.9g".__mod__, vector))}]}}\n')
+            for row, vector in enumerate(block, first):
+                numbers = ", ".join(map("%.9g".__mod__, vector.tolist()))
+                file.write(f'{{"row": {row}, "embedding": [{numbers}]}}\n')
 
 
 def _numbered(blocks: Blocks) -> Iterator[tuple[int, np.ndarray]]:

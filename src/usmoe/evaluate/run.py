@@ -7,7 +7,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Score:
     high: float | None
     seconds: float
     """To encode and to score."""
+    newer: str | None = None
+    """The task that mteb has in its place by now, where there is one."""
     revision: str = ""
     """Of the data set: the hub's, or local- and a digest."""
     versions: str = ""
@@ -57,7 +60,8 @@ class Score:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Score:
         """What `to_dict` made."""
-        return Score(**(data | {"setting": Setting(**data["setting"])}))
+        fields: dict[str, Any] = data | {"setting": Setting(**data["setting"])}
+        return Score(**fields)
 
 
 def evaluate(
@@ -102,7 +106,7 @@ def evaluate(
     if quantize is not None:
         from usmoe.hf.packed import quantize_experts
 
-        quantize_experts(first.model, quantize)
+        quantize_experts(first.model, quantize)  # pyright: ignore[reportArgumentType]
     about = {"quantize": quantize} if quantize else {}
     cache = ResultCache(cache_path=results)
     scores: dict[tuple[str, Setting], Score] = {}
@@ -112,7 +116,7 @@ def evaluate(
         for task in found:
             missing = []
             for setting, scored in models.items():
-                kept = _read(_place(results, task, scored), task)
+                kept = _read(_place(results, task, scored), task, setting)
                 if kept is None:
                     missing.append(setting)
                 else:
@@ -136,7 +140,7 @@ def _model(first: Encoder, setting: Setting, router: Any, memory: FeatureMemory,
     fields = asdict(setting.encoder_settings())
     encoder = Encoder(first.model, first.tokenizer, router, standardize=setting.standardize, **fields)
     encoder.source = first.source
-    return encoder.as_mteb(instructions=setting.instruction, memory=memory, about=about)
+    return MTEBModel(encoder, instructions=setting.instruction, memory=memory, about=about)
 
 
 def _place(results: Path, task: Any, model: MTEBModel) -> Path:
@@ -145,13 +149,15 @@ def _place(results: Path, task: Any, model: MTEBModel) -> Path:
     return results / "scores" / path.relative_to(results / "results")
 
 
-def _read(path: Path, task: Any) -> Score | None:
-    """A Score that was kept, of the same data and the same versions; None where there is none."""
+def _read(path: Path, task: Any, setting: Setting) -> Score | None:
+    """A Score that was kept, of the same data and the same versions; None where there is none. Its setting may have
+    been typed otherwise, so it gets the one that was asked for."""
     try:
         score = Score.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError, KeyError):  # none, or one that another version wrote
         return None
-    return score if (score.revision, score.versions) == (_revision(task), _versions()) else None
+    same = (score.revision, score.versions) == (_revision(task), _versions())
+    return replace(score, setting=setting) if same else None
 
 
 def _revision(task: Any) -> str:
@@ -159,9 +165,7 @@ def _revision(task: Any) -> str:
 
 
 def _versions() -> str:
-    import usmoe
-
-    return f"mteb {mteb.__version__}, usmoe {usmoe.__version__}"
+    return f"mteb {version('mteb')}, usmoe {version('usmoe')}"
 
 
 def _run(
@@ -177,13 +181,14 @@ def _run(
     if not models:
         return
     task.load_data()
+    task.check_if_dataset_is_superseded = lambda: None  # it would say so for each setting, twice; a Score has it
     for setting, model in models.items():
         place = _place(results, task, model)
         predictions = results / "predictions" / place.parent.relative_to(results / "scores")
         (predictions / task.prediction_file_name).unlink(missing_ok=True)  # mteb adds to what is there
         began = time.monotonic()
         said = mteb.evaluate(
-            model,
+            model,  # pyright: ignore[reportArgumentType] - the protocol is stated with a constructor
             task,
             cache=cache,
             overwrite_strategy="always",  # what can be kept is in our Scores
@@ -213,6 +218,7 @@ def _score(task: Any, setting: Setting, said: Any, predictions: Path, seed: int,
         low=None if around is None else around.low,
         high=None if around is None else around.high,
         seconds=seconds,
+        newer=task.superseded_by,
         revision=_revision(task),
         versions=_versions(),
     )

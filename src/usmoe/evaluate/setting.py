@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from usmoe.embed.encoder import Combination, Embedding, EncoderSettings, Pooling, RouterFeatures
 
@@ -51,7 +51,12 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """A few words: router, embedding, and what is not the default."""
+        """In a line: router, embedding, and what is not the default."""
+        return ", ".join(self.words)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Router, embedding, and what is not the default."""
         words = [self.router, "MoEE" if self.embedding == "moee" else self.embedding]
         if self.embedding == "moee" and self.moee == "sum":
             words.append(f"sum w={self.w:g}")
@@ -61,7 +66,7 @@ class Setting:
         words += ["instruction"] if self.instruction else []
         words += [f"standardised by {self.standardize}"] if self.standardize else []
         words += [f"{self.max_length} tokens"] if self.max_length else []
-        return ", ".join(words)
+        return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

@@ -135,7 +135,7 @@ def _last_logits(model: PreTrainedModel, batch: Sequence[Forward]) -> Float[Tens
     last = max(tokens.shape[1] - one.length + one.depth for one in batch)
     options: dict[str, Any] = {} if mask.all() else {"attention_mask": mask.to(model.device)}
     if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
-        options["logits_to_keep"] = last - 1
+        options["logits_to_keep"] = last
     return model(input_ids=tokens.to(model.device), use_cache=False, **options).logits[:, -last:]
 
 

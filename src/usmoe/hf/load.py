@@ -131,18 +131,23 @@ def _refuse_other_layers(model: PreTrainedModel, routers: dict[str, Any], source
 def _from_pretrained(auto: Any, what: str, model: str | Path | None, offline: bool, **options: Any) -> Any:
     source = str(SHIPPED if model is None else model)
     folder = Path(source)
-    if not source or folder.is_file():
+    if folder.is_file() and folder.suffix == ".gguf":
+        options["gguf_file"] = folder.name
+        options.pop("use_safetensors", None)
+        folder = folder.parent
+    elif not source or folder.is_file():
         raise ValueError(
-            f"{source!r} is no folder of a model. Give a folder that save_pretrained() wrote, or a hub id."
+            f"{source!r} is no folder of a model. Give a folder that save_pretrained() wrote, a .gguf file, or a hub "
+            "id."
         )
-    if folder.exists():
+    elif folder.exists():
         if not (folder / options.get("subfolder", "") / "config.json").is_file():
             raise ValueError(f"{source} has no config.json, so it is not a transformers model. Give a model's folder.")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"There is no folder {source}. Give a folder that save_pretrained() wrote, or a hub id.")
     options |= {"local_files_only": offline or folder.exists(), "trust_remote_code": False}
     try:
-        return auto.from_pretrained(source, **options)
+        return auto.from_pretrained(str(folder) if folder.exists() else source, **options)
     except Exception as error:  # whatever transformers, the hub or safetensors raise: the user's model is the matter
         where = (
             "cannot be loaded from its folder" if folder.exists() else "is no folder here, and the hub did not give it"

@@ -1,0 +1,186 @@
+"""`usmoe eval`: embeddings in mteb's tasks, or zero-shot language tasks, under any router."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from usmoe.cli import options
+from usmoe.cli.options import AsJson, Debug, Device, Dtype, Force, Offline, Seed
+from usmoe.cli.views import print_view
+
+if TYPE_CHECKING:
+    from usmoe.evaluate.language import TaskScore
+    from usmoe.reproduce.view import View
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help='A folder, a hub id, or "shipped".')],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help='Tasks of mteb, or of your own under --data, with commas between; "paper": its nineteen.'),
+    ] = None,
+    routers: Annotated[
+        list[str],
+        typer.Option(help='With commas between: own, expert_choice, "usmoe(alpha=0.5)", module:name, a tune .json.'),
+    ] = ["own"],  # noqa: B006
+    embeddings: Annotated[list[str], typer.Option(help="hidden, router, moee.")] = ["hidden"],  # noqa: B006
+    prompts: Annotated[
+        list[str], typer.Option(help="none, prompteol, ... by name, or (one an option) a template with {text}.")
+    ] = ["none"],  # noqa: B006
+    pooling: Annotated[str, typer.Option(help="last, mean or weighted_mean, over the tokens.")] = "last",
+    moee: Annotated[str, typer.Option(help="concat, or sum (of two cosines).")] = "concat",
+    w: Annotated[float, typer.Option("--w", help="Weight of the routers' cosine in the sum.")] = 1.0,
+    router_features: Annotated[str, typer.Option(help="logits or probabilities.")] = "logits",
+    instructions: Annotated[
+        bool, typer.Option("--instructions", help="Put each task's instruction before its texts, as MoEE does.")
+    ] = False,
+    standardize: Annotated[
+        str | None, typer.Option(help='By the statistics of a sample: "novels", or a file with a text a line.')
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and text, at most.", min=1)] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option("--lm-eval", help="Tasks of lm-eval, such as arc_challenge, with commas between."),
+    ] = None,
+    scoring: Annotated[
+        str, typer.Option(help="Of --lm-eval: honest (each token from those before it alone) or teacher-forced.")
+    ] = "honest",
+    limit: Annotated[int | None, typer.Option(help="Of --lm-eval: samples a task, at most.", min=1)] = None,
+    fewshot: Annotated[int, typer.Option(help="Of --lm-eval: solved examples before each question.", min=0)] = 0,
+    include: Annotated[Path | None, typer.Option(help="Of --lm-eval: a folder of task files of your own.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder of local data sets, in the hub's columns, in place of the hub.")
+    ] = None,
+    results: Annotated[
+        Path, typer.Option(help="The folder for results, and for what a run that was stopped had finished.")
+    ] = Path("usmoe-results"),
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Experts in 4 bits: nf4 or fp4.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
+    force: Force = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    offline: Offline = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Score a model's embeddings with mteb, or the model itself with lm-eval, under one router or several.
+
+    Every router is taken with every prompt and every embedding. What is finished is kept in --results: the same command
+    goes on where it was stopped. For the paper's models the paper's figures stand under ours.
+
+    Examples: usmoe eval shipped --tasks STS12,STSBenchmark --routers "own,usmoe(alpha=0.5)" --embeddings hidden,moee
+    --data DIR; usmoe eval allenai/OLMoE-1B-7B-0924 --lm-eval arc_challenge
+    """
+    if not tasks and not lm_eval:
+        raise typer.BadParameter("Give --tasks, such as STS12 or paper, or --lm-eval, such as arc_challenge")
+    from usmoe.reproduce import views
+    from usmoe.reproduce.view import as_markdown
+
+    page = options.output_path(markdown, force)
+    if data is not None and not data.is_dir():
+        raise ValueError(f"There is no folder {data}. Give one with local data sets, or leave --data out for the hub.")
+    if offline:  # read where these libraries are imported, below
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    place = None if model == "shipped" else model
+    shared: dict[str, Any] = dict(
+        results=results, data=data, batch_size=batch_size, seed=seed, device=device, dtype=dtype, offline=offline
+    )
+    said: dict[str, Any] = {"model": model}
+    shown: list[View] = []
+    if tasks:
+        from usmoe.evaluate.run import evaluate as run
+        from usmoe.evaluate.setting import grid
+
+        settings = grid(
+            options.listed(routers),
+            options.listed(embeddings),
+            [name for one in prompts for name in ([one] if "{text}" in one else options.listed([one]))],
+            pooling=pooling,
+            moee=moee,
+            w=w,
+            features=router_features,
+            instruction=instructions,
+            standardize=standardize,
+            max_length=max_length,
+        )
+        found = run(place, options.listed(tasks), settings, quantize=quantize, done=_tell, **shared)
+        said["scores"] = [one.to_dict() for one in found]
+        shown += views.embedding_views(found, model)
+    if lm_eval:
+        scored = _language(
+            place,
+            options.listed(lm_eval),
+            options.listed(routers),
+            options=dict(scoring=scoring, limit=limit, num_fewshot=fewshot, include=include),
+            quantize=quantize,
+            **shared,
+        )
+        said["language"] = {router: [one.to_dict() for one in ones] for router, ones in scored.items()}
+        shown.append(views.language_view(scored, model))
+    try:  # a pipe that was closed costs no file
+        if as_json:
+            options.write_json(said)
+        else:
+            for view in shown:
+                print_view(view)
+    finally:
+        if page is not None:
+            page.write_text("\n".join(map(as_markdown, shown)), encoding="utf-8")
+
+
+def _tell(score: Any) -> None:
+    sys.stderr.write(f"{score.task}  {score.setting.label}: {100 * score.score:.2f}\n")
+
+
+def _language(
+    model: str | None,
+    names: Sequence[str],
+    routers: Sequence[str],
+    *,
+    options: dict[str, Any],
+    quantize: str | None,
+    results: Path,
+    data: Path | None,
+    batch_size: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    offline: bool,
+) -> dict[str, list[TaskScore]]:
+    """{router: scores in lm-eval's tasks} of one model."""
+    from usmoe.embed.digest import digest
+    from usmoe.evaluate.language_runs import compare_routers
+    from usmoe.evaluate.run import router_of
+    from usmoe.hf.load import load
+    from usmoe.hf.packed import quantize_experts
+
+    chosen = {text: router_of(text) for text in routers}
+    loaded, tokenizer = load(model, dtype=dtype, device=device, offline=offline)
+    if quantize is not None:
+        quantize_experts(loaded, quantize)  # pyright: ignore[reportArgumentType]
+    return compare_routers(
+        loaded,
+        tokenizer,
+        chosen,
+        names,
+        results=results / "language",
+        model_digest=f"{digest(loaded, tokenizer)} {quantize or dtype}",
+        data=data,
+        batch_size=batch_size,
+        seed=seed,
+        done=_tell_language,
+        **options,
+    )
+
+
+def _tell_language(router: str, scores: Sequence[TaskScore]) -> None:
+    for one in scores:
+        sys.stderr.write(f"{one.task}  {router}: {one.metric} {one.value:.4f}\n")

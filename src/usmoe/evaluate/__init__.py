@@ -1,0 +1,1 @@
+"""Evaluation: tasks, data, scores and their bands."""
