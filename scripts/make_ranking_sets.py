@@ -3,8 +3,8 @@
 python scripts/make_ranking_sets.py ../shared/data OUT
 usmoe eval --data OUT --tasks NewsgroupsSubjects,BankingIntents
 
-NewsgroupsSubjects, Retrieval: 300 subject lines of 20 Newsgroups as queries over 2,000 posts; the relevant one is the
-post that bore the subject. Subjects that several posts share (a thread) are left out as queries, and replies and quotes
+NewsgroupsSubjects, Retrieval: 300 subject lines of 20 Newsgroups as queries over the first 400
+characters of 1,000 posts; the relevant one is the post that bore the subject. Subjects that several posts share (a thread) are left out as queries, and replies and quotes
 stay in the posts. BankingIntents, Reranking: 300 questions of BANKING77's test split, each with 4 questions of its
 intent and 16 of others, from the train split, in random order.
 
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from usmoe.evaluate.local import find, read
 
-QUERIES, DOCUMENTS = 300, 2000
+QUERIES, DOCUMENTS, CHARACTERS = 300, 1000, 400
 POSITIVES, NEGATIVES = 4, 16
 
 
@@ -58,7 +58,7 @@ def newsgroups_subjects(data: Path, rng: np.random.Generator) -> tuple[str, str,
     chosen = rng.permutation(long)[:DOCUMENTS].tolist()
     asked = [n for n in chosen if len(bare[n].split()) >= 3 and threads[bare[n].casefold()] == 1][:QUERIES]
     parts = {
-        "corpus": {"_id": [f"d{n}" for n in chosen], "text": [posts["text"][n] for n in chosen]},
+        "corpus": {"_id": [f"d{n}" for n in chosen], "text": [posts["text"][n].strip()[:CHARACTERS] for n in chosen]},
         "queries": {"_id": [f"q{n}" for n in asked], "text": [bare[n] for n in asked]},
         "qrels": {
             "query-id": [f"q{n}" for n in asked],

@@ -19,15 +19,11 @@ from usmoe.evaluate.setting import Setting
 
 TASKS = (
     "EmotionClassification",
-    "ToxicConversationsClassification",
-    "TweetSentimentExtractionClassification",
     "TwentyNewsgroupsClustering",
     "TwitterURLCorpus",
     "BankingIntents",
     "NewsgroupsSubjects",
-    "STS12",
     "STS13",
-    "STS14",
     "STSBenchmark",
     "BIOSSES",
     "SummEval",

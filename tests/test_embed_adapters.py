@@ -318,6 +318,10 @@ def test_the_digest_is_of_the_weights_and_of_them_alone():
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-6
     assert digest(model) != digest(tiny())
+    model.register_buffer("correction", torch.zeros(8))
+    before = digest(model)
+    model.correction[0] = 1
+    assert digest(model) != before
 
 
 def test_the_digest_sees_weights_in_fewer_bits():

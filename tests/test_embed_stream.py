@@ -484,7 +484,8 @@ def test_bad_requests_are_refused_in_a_sentence(shipped, file, tmp_path):
 def test_a_missing_pyarrow_is_said_at_once(file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match=r"Parquet needs pyarrow\. Install it: pip install pyarrow"):
-        run(Fake(), file, tmp_path / "out.parquet")
+        run(encoder := Fake(), file, tmp_path / "out.parquet")
+    assert encoder.seen == []
 
 
 def test_what_an_encoder_has_against_an_empty_text_it_says_first(file, tmp_path):
@@ -515,19 +516,21 @@ def test_processes_are_started_once_for_the_whole_stream(shipped, file, tmp_path
     run(shipped, file, tmp_path / "out.npy", batch_size=1, processes=2)  # three chunks
     assert started == [2, "ended"]
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), shipped.encode(TEXTS), atol=1e-4)
+    mean = shipped.variant(pooling="mean").encode(TEXTS)
     with shipped.working(3):
         with shipped.working(2):
             shipped.encode(TEXTS, 1, processes=4)
-        shipped.encode(TEXTS, 1)
-        assert shipped.variant(pooling="mean").encode(TEXTS[:2]).shape == (2, 256)
+        shipped.encode(TEXTS, 1, processes=2)
+        np.testing.assert_allclose(shipped.variant(pooling="mean").encode(TEXTS), mean, atol=1e-4)
     assert started == [2, "ended", 3, "ended"]
 
 
 def test_features_tell_which_texts_were_cut(shipped):
-    short = shipped.variant(max_length=8)
-    exact = " ".join(["a"] * 20)
-    assert short.features(["a", exact, "b"], progress=False).cut.tolist() == [False, True, False]
-    assert shipped.features([exact], progress=False).cut.tolist() == [False]
+    texts = ["a", "Call me Ishmael.", "b"]
+    tokens = len(shipped.read(texts)[1])
+    exact, short = shipped.variant(max_length=tokens), shipped.variant(max_length=tokens - 1)
+    assert exact.features(texts, progress=False).cut.tolist() == [False, False, False]
+    assert short.features(texts, progress=False).cut.tolist() == [False, True, False]
     assert shipped.features([], progress=False).cut.tolist() == []
 
 
@@ -601,20 +604,38 @@ def test_the_command_warns_where_batch_mates_matter(usmoe_embed, file, tmp_path)
     assert "a vector depends on the other texts of its batch" in err
 
 
-def test_ctrl_c_says_what_is_kept(usmoe_embed, file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(KeyboardInterrupt(), 130, "stopped;"), (OSError("No space left"), 1, "No space left")],
+)
+def test_whatever_stops_it_the_command_says_what_is_kept(usmoe_embed, file, tmp_path, monkeypatch, error, status, said):
     real, calls = usmoe.Encoder.features, []
 
     def features(self: Any, texts: Any, *args: Any, **options: Any) -> Any:
         calls.append(len(texts))
         if calls[-1] and calls.count(4) == 2:
-            raise KeyboardInterrupt
+            raise error
         return real(self, texts, *args, **options)
 
     monkeypatch.setattr(usmoe.Encoder, "features", features)
-    status, out, err = usmoe_embed(file, "-o", tmp_path / "out.npy", "--batch-size", "2")
-    assert (status, out) == (130, "")
-    assert err.splitlines()[-1] == "usmoe: stopped; 4 rows are kept: the same command goes on from there."
-    monkeypatch.undo()
+    code, out, err = usmoe_embed(file, "-o", tmp_path / "out.npy", "--batch-size", "2")
+    assert (code, out) == (status, "")
+    assert err.splitlines()[-1] == f"usmoe: {said} 4 rows are kept: the same command goes on from there."
+
+
+def test_ctrl_c_before_there_is_anything_to_keep(usmoe_embed, file, tmp_path, monkeypatch):
+    def stopped(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(usmoe.Encoder, "__init__", stopped)
+    status, out, err = usmoe_embed(file, "-o", tmp_path / "out.npy")
+    assert (status, out, err) == (130, "", "usmoe: stopped; nothing was half-written.\n")
+
+
+def test_no_model_is_loaded_for_a_wrong_name(usmoe_embed, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(usmoe.Encoder, "__init__", lambda *args, **options: pytest.fail("loaded"))
+    for source, output in ((file, "out.csv"), (tmp_path / "none.txt", "out.npy"), (file, "no/out.npy")):
+        assert usmoe_embed(source, "-o", tmp_path / output)[0] == 1
 
 
 @pytest.mark.parametrize(

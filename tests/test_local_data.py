@@ -335,6 +335,7 @@ def test_the_real_sets_beside_the_checkout(name: str):
     assert task.metadata.revision.startswith("local-")
 
 
+@pytest.mark.slow
 def test_the_ranking_sets_made_of_real_text(tmp_path: Path):
     for folder in ("twentynewsgroups", "banking77"):
         if not (SHARED / folder).is_dir():

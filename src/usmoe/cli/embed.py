@@ -61,10 +61,15 @@ def embed(
     """
     import torch
 
+    from usmoe.embed.rows import texts_of
     from usmoe.embed.stream import embed_file
+    from usmoe.embed.writers import writer_of
 
     target = options.output_path(output, force)
     assert target is not None
+    writer_of(target)
+    if texts != "-":
+        next(texts_of(texts, column), None)  # what is wrong with the names is said before a model is loaded
     torch.manual_seed(seed)
     given = {
         "embedding": embedding,

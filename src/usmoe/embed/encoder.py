@@ -356,11 +356,13 @@ class Encoder:
         return other
 
     def about(self) -> dict[str, Any]:
-        """All that a vector of this encoder depends on beside the model's weights, as JSON."""
+        """All that a vector of this encoder depends on beside the model's weights, as JSON; `router` is one text where
+        all layers have the same, or else a list, and null for a model that is not patched."""
         with self.routed():
             state = patch_of(self.model)
-        routers = sorted({_in_words(router) for router in state.routers}) if state else []
-        about = asdict(self.settings) | {"router": routers[0] if len(routers) == 1 else routers or "own_choice()"}
+        routers = [] if state is None else [str(router) for router in state.routers]
+        same = len(set(routers)) <= 1
+        about = asdict(self.settings) | {"router": next(iter(routers), None) if same else routers}
         return about | {"standardize": None if self.statistics is None else self.statistics.name}
 
     def save(self, folder: str | Path) -> None:

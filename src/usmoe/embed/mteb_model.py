@@ -187,7 +187,7 @@ def name_of(source: str | None) -> str:
 def short(text: str) -> str:
     """A text that a folder may be called, and that says which one it was: itself where it is short and plain, or else
     its beginning and a digest."""
-    if re.fullmatch(r"[\w .,=()+-]{1,80}", text, re.ASCII) and "__" not in text:
+    if re.fullmatch(r"[\w .,=()+-]{1,80}", text, re.ASCII):
         return text
     begins = re.sub(r"[^a-zA-Z0-9]+", "-", text).strip("-")[:24]
     return f"{begins}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

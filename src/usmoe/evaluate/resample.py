@@ -45,7 +45,7 @@ def _ranks(counts: Int[Array, "R N"], values: Float[Array, "N"]) -> Float[Array,
 
 def _groups(place: Int[Array, "N"]) -> tuple[Int[Array, "N"], Int[Array, "U"]]:
     """An order that puts equal values side by side, and where each distinct one begins."""
-    order = np.argsort(place, kind="stable")
+    order = np.argsort(place)
     return order, np.flatnonzero(np.diff(place[order], prepend=-1))
 
 

@@ -3,6 +3,7 @@ on."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -181,11 +182,13 @@ def _run(
     if not models:
         return
     task.load_data()
+    drawn = copy.deepcopy((task.rng_state, task.np_rng))  # some tasks draw a sample: each setting the same
     task.check_if_dataset_is_superseded = lambda: None  # it would say so for each setting, twice; a Score has it
     for setting, model in models.items():
         place = _place(results, task, model)
         predictions = results / "predictions" / place.parent.relative_to(results / "scores")
         (predictions / task.prediction_file_name).unlink(missing_ok=True)  # mteb adds to what is there
+        task.rng_state, task.np_rng = copy.deepcopy(drawn)
         began = time.monotonic()
         said = mteb.evaluate(
             model,  # pyright: ignore[reportArgumentType] - the protocol is stated with a constructor
