@@ -32,11 +32,11 @@ ROUTERS = ("own", "expert_choice", "usmoe(alpha=0.0)", "usmoe(alpha=0.5)")
 PROMPTS = ("none", "prompteol")
 
 
-def settings(dense: bool, pooling: str) -> list[Setting]:
+def settings(dense: bool, pooling: str, prompts: list[str]) -> list[Setting]:
     """Every router, prompt and embedding; of a dense model its hidden state alone."""
     found = []
     for router in ROUTERS[:1] if dense else ROUTERS:
-        for prompt in PROMPTS:
+        for prompt in prompts:
             shared = dict(router=router, prompt=prompt, pooling=pooling)
             found.append(Setting(**shared))
             for embedding in () if dense else ("router", "moee"):
@@ -47,9 +47,10 @@ def settings(dense: bool, pooling: str) -> list[Setting]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--model", default=None, help="a folder, a .gguf file or a hub id; without it the shipped model")
+    parser.add_argument("--model", default=None, help="a folder, a .gguf file or a hub id; without it the shipped one")
     parser.add_argument("--dense", action="store_true", help="a model without experts: hidden states, own choice")
     parser.add_argument("--pooling", default="last")
+    parser.add_argument("--prompts", default=",".join(PROMPTS))
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--results", type=Path, default=Path("usmoe-results"))
@@ -61,7 +62,7 @@ def main() -> None:
     found = evaluate(
         given.model,
         given.tasks.split(","),
-        settings(given.dense, given.pooling),
+        settings(given.dense, given.pooling, given.prompts.split(",")),
         data=given.data,
         results=given.results,
         dtype=given.dtype,

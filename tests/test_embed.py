@@ -141,9 +141,7 @@ def test_a_router_of_ones_own_promises_nothing():
     assert not encoder(lambda logits, valid, **_: usmoe.route(logits, usmoe.TokenChoice(k=2), valid)).text_alone
 
 
-READING = [
-    name for name in FAMILIES if name not in ("diffusion_gemma", "dots3_note vision", "qwen3_omni_moe talker")
-]
+READING = [name for name in FAMILIES if name not in ("diffusion_gemma", "dots3_note vision", "qwen3_omni_moe talker")]
 """The families that read token ids and have a hidden state for each of them."""
 
 
@@ -254,7 +252,7 @@ def test_an_instruction_stands_inside_of_the_prompt():
 def test_a_long_text_is_cut_and_the_prompt_stays_whole(length):
     text = "".join(chr(97 + i % 26) for i in range(length))
     assert read("none", text) == text[:64]  # the tiny model reads 64 tokens
-    before, after = "This sentence : \"", "\" means in one word:\""
+    before, after = 'This sentence : "', '" means in one word:"'
     assert read("prompteol", text) == before + text[: 64 - len(before) - len(after)] + after
     assert read("none", text, settings={"max_length": 7}) == text[:7]
 
@@ -338,12 +336,12 @@ def test_a_model_without_its_tokenizer_or_without_experts_is_refused():
     shape = dict(vocab_size=96, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4)
     dense = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64)).eval()
     assert usmoe.Encoder(dense, tokenizer()).encode(TEXTS).shape == (5, 32)
-    for given in ({"embedding": "router"}, {"router": USMoE()}):
+    for asked in ({"embedding": "router"}, {"router": USMoE()}):
         with pytest.raises(ValueError, match="no MoE layer"):
-            usmoe.Encoder(dense, tokenizer(), **given).encode(TEXTS)
+            usmoe.Encoder(dense, tokenizer(), **asked).encode(TEXTS)
+    small = usmoe.Encoder(LlamaForCausalLM(LlamaConfig(**(shape | {"vocab_size": 40}))).eval(), tokenizer())
     with pytest.raises(ValueError, match="The tokenizer gives token 95, and the model has 40"):
-        small = LlamaForCausalLM(LlamaConfig(**(shape | {"vocab_size": 40}))).eval()
-        usmoe.Encoder(small, tokenizer()).encode("}}")
+        small.encode("}}")
 
 
 @pytest.mark.parametrize("name", ["batch_size", "processes"])

@@ -196,7 +196,7 @@ def test_mteb_scores_an_encoder_as_its_similarity_says(tmp_path):
         assert said.scores["test"][0]["spearman"] == pytest.approx(expected, abs=1e-6)
         assert path.is_file()
         kept = json.loads((path.parent / "model_meta.json").read_text())
-        assert kept["loader_kwargs"]["router"] == ["usmoe(alpha=0.5)"] * 2
+        assert kept["loader_kwargs"]["router"] == "usmoe(alpha=0.5)"
         assert (kept["embed_dim"], kept["max_tokens"]) == (48, 64)
     said, _ = run(mine.variant(moee="concat").as_mteb(), classification(), tmp_path)
     assert 0 <= said.get_score() <= 1
@@ -260,7 +260,9 @@ def test_a_folder_says_what_its_results_are_of():
     assert meta.experiment_name == (
         "alpha_0.5__embedding_moee__moee_sum__prompt_prompteol__router_usmoe(alpha=0.5)__w_0.5"
     )
-    assert encoder().as_mteb().mteb_model_meta.experiment_name == "embedding_hidden__prompt_none__router_own_choice"
+    assert encoder().as_mteb().mteb_model_meta.experiment_name == (
+        "alpha_None__embedding_hidden__prompt_none__router_own_choice"
+    )
     quantised = MTEBModel(encoder(), about={"quantize": "nf4"}).mteb_model_meta
     assert "quantize_nf4" in quantised.experiment_name
 

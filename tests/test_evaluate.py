@@ -11,10 +11,12 @@ import pytest
 pytest.importorskip("mteb")
 pytest.importorskip("sentence_transformers")
 
+import typer
 from typer.testing import CliRunner
 
 from usmoe.cli import options
 from usmoe.cli.app import app
+from usmoe.cli.eval import evaluate as command
 from usmoe.embed.features import Extractor
 from usmoe.evaluate.run import Score, evaluate
 from usmoe.evaluate.setting import Setting, grid
@@ -23,7 +25,7 @@ from usmoe.reproduce.views import embedding_views
 # of mteb's classifiers, which are given 100 iterations whatever the embedding
 pytestmark = pytest.mark.filterwarnings("ignore:lbfgs failed to converge:sklearn.exceptions.ConvergenceWarning")
 
-WORDS = "the a sea ship man woman old young house road sang walked slept over under green".split()
+WORDS = ("the", "a", "sea", "ship", "man", "woman", "old", "young", "house", "road", "sang", "walked", "slept", "green")
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -166,11 +168,7 @@ def test_the_command_refuses_in_a_sentence(data, tmp_path):
     ]:
         with pytest.raises(ValueError, match=sentence):
             run("shipped", *words, *shared)
-    import typer
-
     with pytest.raises(typer.BadParameter, match="Give --tasks"):
-        from usmoe.cli.eval import evaluate as command
-
         command("shipped")
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -360,7 +361,7 @@ class Encoder:
         all layers have the same, or else a list, and null for a model that is not patched."""
         with self.routed():
             state = patch_of(self.model)
-        routers = [] if state is None else [str(router) for router in state.routers]
+        routers = [] if state is None else [text_of(router) for router in state.routers]
         same = len(set(routers)) <= 1
         about = asdict(self.settings) | {"router": next(iter(routers), None) if same else routers}
         return about | {"standardize": None if self.statistics is None else self.statistics.name}
@@ -396,6 +397,13 @@ class Encoder:
 
 def _in_words(router: Any) -> str:
     """A router as text, without the address in memory that Python writes for somebody's own function."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(router))
+
+
+def text_of(router: Any) -> str:
+    """A router as text, the same in every process. Code of the user's own counts by its name."""
+    if isinstance(router, FunctionType):
+        return f"{router.__module__}:{router.__qualname__}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", str(router))
 
 

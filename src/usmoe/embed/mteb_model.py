@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from usmoe.embed.digest import digest
-from usmoe.embed.encoder import Encoder
+from usmoe.embed.encoder import Encoder, text_of
 from usmoe.embed.extra import of_extra
 from usmoe.embed.memory import FeatureMemory
 from usmoe.embed.prompts import PROMPTS
@@ -113,7 +112,7 @@ class MTEBModel:
             overwrites={
                 "name": name_of(encoder.source),
                 "revision": digest(model, encoder.tokenizer),
-                "loader_kwargs": encoder.about() | {"router": [_text_of(router) for router in routers]} | self._about,
+                "loader_kwargs": encoder.about() | self._about,
                 "experiment_kwargs": self._setting(routers),
                 "n_parameters": None if packed_experts(model) else model.num_parameters(),
                 "max_tokens": encoder.max_length,
@@ -125,14 +124,12 @@ class MTEBModel:
         )
 
     def _setting(self, routers: Sequence[Any]) -> dict[str, Any]:
-        """What names the folder of results: router, embedding and prompt always, the others where they differ from what
-        is left out. loader_kwargs hold all of it in full."""
+        """What names the folder of results: router, alpha, embedding and prompt always, the others where they differ
+        from what is left out. loader_kwargs hold all of it in full."""
         encoder, settings = self.encoder, self.encoder.settings
         listens, statistics = settings.embedding != "hidden", encoder.statistics
-        alphas = {getattr(router, "alpha", None) for router in routers}
         dtype = str(unwrapped(encoder.model).dtype).removeprefix("torch.")
         optional = {
-            "alpha": alphas.pop() if len(alphas) == 1 else None,
             "pooling": None if settings.pooling == "last" else settings.pooling,
             "moee": "sum" if settings.is_sum else None,
             "w": float(settings.w) if settings.is_sum and settings.w != 1 else None,
@@ -145,6 +142,7 @@ class MTEBModel:
         }
         return {
             "router": short(_text_of_all(routers)),
+            "alpha": _alpha(routers),
             "embedding": settings.embedding,
             "prompt": settings.prompt if settings.prompt in PROMPTS else short(settings.prompt),
             **{name: value for name, value in optional.items() if value is not None},
@@ -195,15 +193,16 @@ def short(text: str) -> str:
 
 def _text_of_all(routers: Sequence[Any]) -> str:
     """The router of all layers, or those of each; own_choice for a model that is not patched."""
-    texts = [_text_of(router) for router in routers] or [str(OwnChoice())]
+    texts = [text_of(router) for router in routers] or [str(OwnChoice())]
     return texts[0] if len(set(texts)) == 1 else f"{len(texts)} routers: {'; '.join(texts)}"
 
 
-def _text_of(router: Any) -> str:
-    """A router as text, the same in every process. Code of the user's own counts by its name."""
-    if isinstance(router, FunctionType):
-        return f"{router.__module__}:{router.__qualname__}"
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(router))
+def _alpha(routers: Sequence[Any]) -> float | None:
+    """The share of the expert score, where all layers have the same: 0 where a unified router leaves it to the model;
+    None for routers that have no such share."""
+    alphas = {getattr(router, "alpha", "none") for router in routers}
+    found = alphas.pop() if len(alphas) == 1 else "none"
+    return None if found == "none" else 0.0 if found is None else float(found)
 
 
 def _arrays_of(statistics: Statistics) -> str:
