@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -208,6 +210,46 @@ def test_the_router_changes_the_vectors():
     close(encoder(OwnChoice()).encode(TEXTS), own)
 
 
+def test_threads_take_turns_on_a_model():
+    model = tiny()
+    encoders = [usmoe.Encoder(model, tokenizer(), router) for router in (USMoE(alpha=0.5), ExpertChoice(), None)]
+    expected = [enc.encode(TEXTS) for enc in encoders]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda enc: enc.encode(TEXTS, batch_size=2), encoders * 2))
+            for one, other in zip(found, expected * 2, strict=True):
+                close(one, other)
+    assert patch_of(model) is None
+
+
+def test_a_model_in_training_mode_encodes_in_evaluation_mode_and_goes_on_training():
+    model = tiny(attention_dropout=0.5)
+    expected = usmoe.Encoder(model, tokenizer(), USMoE()).encode(TEXTS)
+    model.train()
+    model.lm_head.eval()
+    close(usmoe.Encoder(model, tokenizer(), USMoE()).encode(TEXTS), expected)
+    assert model.training
+    assert not model.lm_head.training
+
+
+# --- variants -------------------------------------------------------------------------------------------------------
+
+
+def test_a_variant_keeps_statistics_where_features_stay_and_never_loses_them_without_a_word():
+    enc = encoder(USMoE(), embedding="moee", standardize=SAMPLE)
+    assert enc.variant(moee="sum", w=2.0).statistics is enc.statistics
+    assert enc.variant(embedding="moee").statistics is enc.statistics
+    for changes in ({"embedding": "router"}, {"prompt": "prompteol"}, {"max_length": 60}, {"pooling": "mean"}):
+        with pytest.raises(ValueError, match="are of other features than this variant has"):
+            enc.variant(**changes)
+        assert enc.variant(**changes, standardize=None).statistics is None
+    fresh = enc.variant(embedding="router", standardize=SAMPLE)
+    close(fresh.encode(TEXTS), encoder(USMoE(), embedding="router", standardize=SAMPLE).encode(TEXTS))
+    assert enc.variant(standardize=None).statistics is None
+    with pytest.raises(ValueError, match=r"router cannot be changed\. Choose from embedding, prompt"):
+        enc.variant(router=None)
+
+
 # --- prompts and truncation -----------------------------------------------------------------------------------------
 
 
@@ -278,8 +320,8 @@ def test_the_cut_keeps_special_tokens_and_works_without_offsets():
 def test_a_prompt_that_leaves_no_room_and_an_impossible_length_are_refused():
     with pytest.raises(ValueError, match="leave no room for a text in 20 tokens"):
         encoder(prompt="prompteol", max_length=20).encode("abc")
-    for wrong in (0, 65):
-        with pytest.raises(ValueError, match=f"max_length={wrong} is impossible: this model reads 1 to 64"):
+    for wrong in (0, 65, "5", 5.5, True):
+        with pytest.raises(ValueError, match=f"max_length={wrong!r} is impossible: this model reads 1 to 64"):
             encoder(max_length=wrong)
 
 
@@ -320,6 +362,8 @@ def test_what_is_no_text_is_refused_by_its_place(wrong):
         ({"w": -1}, "w=-1 is no weight"),
         ({"w": float("nan")}, "w=nan is no weight"),
         ({"layers": [0]}, "does not read"),
+        ({"prompt": None}, "prompt=None is no text"),
+        ({"w": True}, "w=True is no weight"),
     ],
     ids=str,
 )
@@ -338,10 +382,40 @@ def test_a_model_without_its_tokenizer_or_without_experts_is_refused():
     assert usmoe.Encoder(dense, tokenizer()).encode(TEXTS).shape == (5, 32)
     for asked in ({"embedding": "router"}, {"router": USMoE()}):
         with pytest.raises(ValueError, match="no MoE layer"):
-            usmoe.Encoder(dense, tokenizer(), **asked).encode(TEXTS)
+            usmoe.Encoder(dense, tokenizer(), **asked)
     small = usmoe.Encoder(LlamaForCausalLM(LlamaConfig(**(shape | {"vocab_size": 40}))).eval(), tokenizer())
     with pytest.raises(ValueError, match="The tokenizer gives token 95, and the model has 40"):
         small.encode("}}")
+
+
+@pytest.mark.parametrize("wrong", [3, None, {"a": 1}, {"a", "b"}], ids=str)
+def test_what_is_no_list_of_texts_is_refused(wrong):
+    with pytest.raises(TypeError, match="Texts cannot be a"):
+        encoder().encode(wrong)
+
+
+def test_any_ordered_collection_of_texts_will_do():
+    enc = encoder()
+    expected = enc.encode(TEXTS)
+    close(enc.encode(np.array(TEXTS)), expected)
+    close(enc.encode(text for text in TEXTS), expected)
+    close(enc.encode(TEXTS, np.int64(2)), expected)
+    close(enc.features(iter(TEXTS)).hidden, expected)
+
+
+def test_half_a_surrogate_pair_and_an_instruction_that_is_no_text_are_refused():
+    with pytest.raises(ValueError, match="Text 1 holds half of a surrogate pair"):
+        encoder().encode(["a", "b\ud800"])
+    for wrong in (["x", "y"], 5):
+        with pytest.raises(TypeError, match=r"is no text\. Give one for all texts"):
+            encoder().encode(["a", "b"], instruction=wrong)
+
+
+def test_where_a_model_of_ones_own_stands_is_its_owners_matter():
+    with pytest.raises(ValueError, match="are for a model that is loaded here"):
+        usmoe.Encoder(tiny(), tokenizer(), dtype="bfloat16")
+    with pytest.raises(TypeError, match="is not a transformers model"):
+        usmoe.Encoder(torch.nn.Linear(2, 2), tokenizer())
 
 
 @pytest.mark.parametrize("name", ["batch_size", "processes"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,9 @@ pytest.importorskip("sentence_transformers")
 import typer
 from typer.testing import CliRunner
 
+import usmoe
 from usmoe.cli import options
 from usmoe.cli.app import app
-from usmoe.cli.eval import evaluate as command
 from usmoe.embed.features import Extractor
 from usmoe.evaluate.run import Score, evaluate
 from usmoe.evaluate.setting import Setting, grid
@@ -132,6 +134,59 @@ def test_a_sum_is_refused_for_classification_before_anything_is_computed(data, t
     assert np.isfinite(found.score)
 
 
+def test_scores_of_a_router_that_looks_at_its_batch_are_of_that_batch_size(data, tmp_path, forwards):
+    shared = dict(data=data, results=tmp_path / "kept", progress=False)
+    setting = [Setting(router="usmoe(k=2, alpha=0.5, pool=batch)")]
+    (small,) = evaluate(None, ["TinySTS"], setting, batch_size=4, **shared)
+    before = len(forwards)
+    (large,) = evaluate(None, ["TinySTS"], setting, batch_size=32, **shared)
+    assert len(forwards) - before >= 2
+    assert large.score != small.score
+    alone = [Setting(router="usmoe(k=2, alpha=0.5)")]
+    (one,) = evaluate(None, ["TinySTS"], alone, batch_size=4, **shared)
+    (other,) = evaluate(None, ["TinySTS"], alone, batch_size=32, **shared)
+    assert other == one
+
+
+def test_what_is_kept_is_computed_again_where_that_is_asked_for_or_the_seed_is_another(data, tmp_path):
+    shared = dict(data=data, results=tmp_path / "kept", progress=False)
+    (first,) = evaluate(None, ["TinySTS"], [Setting()], **shared)
+    (file,) = (tmp_path / "kept" / "scores").rglob("TinySTS.json")
+    said = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(said | {"score": 0.999}), encoding="utf-8")
+    assert evaluate(None, ["TinySTS"], [Setting()], **shared)[0].score == 0.999
+    assert evaluate(None, ["TinySTS"], [Setting()], anew=True, **shared)[0].score == first.score
+    (seeded,) = evaluate(None, ["TinySTS"], [Setting()], seed=5, **shared)
+    assert (seeded.score, seeded.seed) == (first.score, 5)
+    assert (seeded.low, seeded.high) != (first.low, first.high)
+
+
+def test_a_router_of_ones_own_has_scores_of_its_own_code(data, tmp_path, monkeypatch):
+    module = tmp_path / "mine.py"
+    code = "import usmoe\ndef route(logits, valid=None, **_):\n    mask = logits > {cut}\n"
+    code += "    mask = mask if valid is None else mask & valid[..., None]\n"
+    code += "    return usmoe.Routing.from_dense(logits.softmax(-1), mask)\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    shared = dict(data=data, results=tmp_path / "kept", progress=False)
+    found = []
+    for cut in (0, 3, 3):
+        module.write_text(code.format(cut=cut), encoding="utf-8")
+        sys.modules.pop("mine", None)
+        importlib.invalidate_caches()
+        found += evaluate(None, ["TinySTS"], [Setting(router="mine:route")], **shared)
+    assert found[0].score != found[1].score
+    assert found[2] == found[1]
+
+
+def test_a_saved_encoder_is_not_taken_for_a_bare_model(data, tmp_path):
+    usmoe.Encoder(embedding="moee", prompt="prompteol").save(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"holds an encoder with settings of its own: usmoe.Encoder.load"):
+        evaluate(str(tmp_path / "saved"), ["TinySTS"], [Setting()], data=data, results=tmp_path / "kept")
+    with pytest.raises(ValueError, match="holds an encoder with settings"):
+        usmoe.Encoder(tmp_path / "saved")
+    assert usmoe.Encoder(tmp_path / "saved", tmp_path / "saved").settings.embedding == "hidden"
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -168,8 +223,14 @@ def test_the_command_refuses_in_a_sentence(data, tmp_path):
     ]:
         with pytest.raises(ValueError, match=sentence):
             run("shipped", *words, *shared)
-    with pytest.raises(typer.BadParameter, match="Give --tasks"):
-        command("shipped")
+    for words, sentence in [
+        ([], "Give --tasks"),
+        (["--tasks", ","], "Give --tasks"),
+        (["--tasks", "TinySTS", "--limit", "4"], "--limit, --fewshot and --include belong to --lm-eval"),
+        (["--lm-eval", "arc_easy", "--prompts", "prompteol"], "Options of embeddings belong to --tasks"),
+    ]:
+        with pytest.raises(typer.BadParameter, match=sentence):
+            app(["eval", "shipped", *words], standalone_mode=False)
 
 
 def test_lists_are_divided_at_commas_that_are_not_within_brackets():
@@ -212,8 +273,9 @@ def test_the_best_is_bold_only_where_its_band_is_clear_of_all_settings_also_in_o
 
 # --- published figures ----------------------------------------------------------------------------------------------
 
-PUBLISHED = {"BIOSSES": 81.64, "STS12": 72.37, "STS13": 80.60, "STS14": 75.59, "STSBenchmark": 82.03}
-"""Of all-MiniLM-L6-v2, Spearman, on the MTEB leaderboard."""
+PUBLISHED = {"STS12": 72.37, "STS13": 80.60, "STS14": 75.59, "STSBenchmark": 82.03}
+"""Of all-MiniLM-L6-v2, Spearman, on the MTEB leaderboard. BIOSSES (81.64) is left out: the file in ../shared/data has its
+authors' casing, and sentence-transformers itself has 81.25 on it."""
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from usmoe.cli import options
-from usmoe.cli.options import AsJson, Debug, Device, Dtype, Force, Offline, Seed
+from usmoe.cli.options import AsJson, Debug, Device, Dtype, Offline, Seed
 from usmoe.cli.views import print_view
 
 if TYPE_CHECKING:
     from usmoe.evaluate.language import TaskScore
+    from usmoe.evaluate.run import Score
     from usmoe.reproduce.view import View
 
 
@@ -63,7 +64,9 @@ def evaluate(
     markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Experts in 4 bits: nf4 or fp4.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
-    force: Force = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compute again what is kept, and overwrite the Markdown file.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -79,12 +82,18 @@ def evaluate(
     Examples: usmoe eval shipped --tasks STS12,STSBenchmark --routers "own,usmoe(alpha=0.5)" --embeddings hidden,moee
     --data DIR; usmoe eval allenai/OLMoE-1B-7B-0924 --lm-eval arc_challenge
     """
-    if not tasks and not lm_eval:
+    named, language = options.listed(tasks or ()), options.listed(lm_eval or ())
+    if not named and not language:
         raise typer.BadParameter("Give --tasks, such as STS12 or paper, or --lm-eval, such as arc_challenge")
+    if not language and (scoring, limit, fewshot, include) != ("honest", None, 0, None):
+        raise typer.BadParameter("--scoring, --limit, --fewshot and --include belong to --lm-eval, which is not given")
+    of_embeddings = (embeddings, prompts, pooling, moee, w, router_features, instructions, standardize, max_length)
+    if not named and of_embeddings != (["hidden"], ["none"], "last", "concat", 1.0, "logits", False, None, None):
+        raise typer.BadParameter("Options of embeddings belong to --tasks, which is not given")
     from usmoe.reproduce import views
     from usmoe.reproduce.view import as_markdown
 
-    page = options.output_path(markdown, force)
+    page = options.output_path(markdown, force, "--markdown")
     if data is not None and not data.is_dir():
         raise ValueError(f"There is no folder {data}. Give one with local data sets, or leave --data out for the hub.")
     if offline:  # read where these libraries are imported, below
@@ -95,10 +104,11 @@ def evaluate(
     )
     said: dict[str, Any] = {"model": model}
     shown: list[View] = []
-    if tasks:
+    if named:
         from usmoe.evaluate.run import evaluate as run
         from usmoe.evaluate.setting import grid
 
+        _warn(options.listed(routers))
         settings = grid(
             options.listed(routers),
             options.listed(embeddings),
@@ -111,13 +121,13 @@ def evaluate(
             standardize=standardize,
             max_length=max_length,
         )
-        found = run(place, options.listed(tasks), settings, quantize=quantize, done=_tell, **shared)
+        found = run(place, named, settings, quantize=quantize, anew=force, done=_tell, **shared)
         said["scores"] = [one.to_dict() for one in found]
         shown += views.embedding_views(found, model)
-    if lm_eval:
+    if language:
         scored = _language(
             place,
-            options.listed(lm_eval),
+            language,
             options.listed(routers),
             options=dict(scoring=scoring, limit=limit, num_fewshot=fewshot, include=include),
             quantize=quantize,
@@ -136,8 +146,22 @@ def evaluate(
             page.write_text("\n".join(map(as_markdown, shown)), encoding="utf-8")
 
 
-def _tell(score: Any) -> None:
+def _tell(score: Score) -> None:
     sys.stderr.write(f"{score.task}  {score.setting.label}: {100 * score.score:.2f}\n")
+
+
+def _warn(routers: Sequence[str]) -> None:
+    """Say of which routers a vector depends on more than its text."""
+    from usmoe.evaluate.run import router_of
+    from usmoe.types import promises_of
+
+    for text in routers:
+        router = router_of(text)
+        several = list(router.values()) if isinstance(router, dict) else [] if router is None else [router]
+        if not all(promises_of(one).batch_independent and promises_of(one).padding_independent for one in several):
+            sys.stderr.write(
+                f"Under {text} a vector depends on who is in its batch, so scores depend on --batch-size.\n"
+            )
 
 
 def _language(

@@ -49,16 +49,17 @@ def read_text(source: str) -> str:
     return text
 
 
-def output_path(path: Path | None, force: bool) -> Path | None:
-    """The path, once it is known that it can be written: asked before the work, not after it."""
+def output_path(path: Path | None, force: bool, flag: str = "--output") -> Path | None:
+    """The path that an option (`flag`) gives, once it is known that it can be written: asked before the work, not after
+    it."""
     if path is None:
         return None
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Give the name of a file in it.")
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file. Give the name of one, or leave --output out.")
+        raise ValueError(f"{path} is no regular file. Give the name of one, or leave {flag} out.")
     if path.exists() and not force:
-        raise ValueError(f"{path} is already there. Give --force to overwrite it, or another --output.")
+        raise ValueError(f"{path} is already there. Give --force to overwrite it, or another {flag}.")
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
     return path.resolve()  # what a link points to, not the link

@@ -98,7 +98,7 @@ def reproduce(
         if not offline and (said := downloads(plan)):
             sys.stderr.write(f"{said}\n")
         with tqdm(total=plan.scores, file=sys.stderr, disable=None, unit="score", desc=experiment.name) as bar:
-            result = run(plan, results, offline=offline, done=lambda score: _tick(bar, score))
+            result = run(plan, results, offline=offline, anew=force, done=lambda score: _tick(bar, score))
         save(result, path)
     try:  # a pipe that was closed costs no file
         if as_json:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -16,65 +15,21 @@ from transformers import PreTrainedModel
 
 from usmoe.embed import similarity
 from usmoe.embed.features import Extractor, Features, chosen_layers, reading_layers
-from usmoe.embed.pooling import POOLINGS
-from usmoe.embed.prompts import template_of
+from usmoe.embed.place import Place
+from usmoe.embed.settings import Combination, Embedding, EncoderSettings, Pooling, RouterFeatures
 from usmoe.embed.standardize import Statistics, sample_of
 from usmoe.embed.texts import Reader, longest
 from usmoe.embed.workers import Workers
+from usmoe.hf.identity import text_of
 from usmoe.hf.layers import Layer
 from usmoe.hf.load import load_as_saved, load_tokenizer
-from usmoe.hf.patch import patch, patch_of, patched
-from usmoe.routing import OwnChoice
+from usmoe.hf.wrapped import unwrapped
 from usmoe.types import promises_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from usmoe.embed.mteb_model import MTEBModel
-
-Embedding = Literal["hidden", "router", "moee"]
-Pooling = Literal["last", "mean", "weighted_mean"]
-Combination = Literal["concat", "sum"]
-RouterFeatures = Literal["logits", "probabilities"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSettings:
-    """All that an embedding depends on beside the model, its router and the statistics of a sample."""
-
-    embedding: Embedding = "hidden"
-    """hidden: the last hidden state. router: what the routers say. moee: both (MoEE, arXiv 2410.10814)."""
-    prompt: str = "none"
-    """A name in usmoe.embed.prompts.PROMPTS, or a template with {text}."""
-    pooling: Pooling = "last"
-    """Over the tokens of prompt and text."""
-    moee: Combination = "concat"
-    """concat: one beside the other. sum: the similarity is cos(hidden) + w cos(router)."""
-    w: float = 1.0
-    """Weight of the routers' cosine in the sum; 0 or more."""
-    router_features: RouterFeatures = "logits"
-    """Router logits, or the model's own scores of them (softmax, mostly), before any normalisation over the chosen."""
-    layers: tuple[int | str, ...] | None = None
-    """MoE layers whose routers count, by index or name; None for all."""
-    max_length: int | None = None
-    """Tokens of prompt and text, at most; None for what the model can read."""
-
-    def __post_init__(self) -> None:
-        closed = {"embedding": Embedding, "pooling": Pooling, "moee": Combination, "router_features": RouterFeatures}
-        for name, choices in closed.items():
-            if getattr(self, name) not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of: {known}.")
-        template_of(self.prompt)
-        if not (isinstance(self.w, int | float) and 0 <= self.w < float("inf")):
-            raise ValueError(f"w={self.w!r} is no weight. Give a number, 0 or more.")
-        if self.embedding == "hidden" and self.layers is not None:
-            raise ValueError('layers names routers, which embedding="hidden" does not read. Leave it out.')
-
-    @property
-    def is_sum(self) -> bool:
-        """Whether the embedding exists for the sake of a similarity alone."""
-        return self.embedding == "moee" and self.moee == "sum"
 
 
 class Encoder:
@@ -135,24 +90,28 @@ class Encoder:
             max_length=max_length,
         )
         self.router = router
-        self._ours = model is None or isinstance(model, str | Path)
+        ours = model is None or isinstance(model, str | Path)
         if model is None or isinstance(model, str | Path):
+            if tokenizer is None:
+                from usmoe.embed.saved import refuse_what_is_saved
+
+                refuse_what_is_saved(model)
             self.source: str | None = "shipped" if model is None else str(model)
             self.model: Any = load_as_saved(model, router, device=device, dtype=dtype, offline=offline)
             given = model if tokenizer is None else tokenizer
             self.tokenizer = load_tokenizer(given, offline=offline) if _is_place(given) else given
         else:
-            self.source = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+            if (device, dtype) != ("cpu", "float32"):
+                raise ValueError(
+                    f"device={device!r} and dtype={dtype!r} are for a model that is loaded here. Move yours: "
+                    "model.to(...)."
+                )
+            self.source = getattr(unwrapped(model).config, "_name_or_path", None) or None
             self.model = model
             self.tokenizer = _tokenizer_of(model, tokenizer, self.source, offline)
-        if self._ours and self._listens and patch_of(self.model) is None:
-            patch(self.model, self._routers())
+        self._place = Place(model=self.model, router=router, kept=ours)
         self._make()
-        self.statistics: Statistics | None = None
-        if isinstance(standardize, Statistics):
-            self.statistics = standardize
-        elif standardize is not None:
-            self.statistics = self._statistics(*sample_of(standardize))
+        self.statistics = self._statistics(standardize)
 
     def _make(self) -> None:
         """What reads texts and what runs the model, by the settings."""
@@ -161,8 +120,8 @@ class Encoder:
         self.read = Reader(tokenizer=self.tokenizer, prompt=settings.prompt, max_length=limit)
         padding = getattr(self.tokenizer, "pad_token_id", None) or 0
         layers: tuple[Layer, ...] = ()
-        if self._listens:
-            with self.routed():
+        with self.routed():  # also says at once what cannot be
+            if self._listens:
                 layers = chosen_layers(self.model, settings.layers)
                 if settings.layers is None:
                     layers = reading_layers(self.model, layers, padding)
@@ -180,32 +139,21 @@ class Encoder:
     def _listens(self) -> bool:
         return self.settings.embedding != "hidden"
 
-    def _routers(self) -> Any:
-        """What to patch with: the router, or the routers that the model has been patched with, or its own choice."""
-        if self.router is not None:
-            return self.router
-        state = patch_of(self.model)
-        return (
-            OwnChoice()
-            if state is None
-            else {layer.name: router for layer, router in zip(state.layers, state.routers, strict=True)}
-        )
-
     @contextlib.contextmanager
     def routed(self) -> Iterator[None]:
-        """The model under this encoder's router, and as it was afterwards."""
-        if self._ours or (self.router is None and (not self._listens or patch_of(self.model) is not None)):
+        """The model under this encoder's router, in evaluation mode, and as it was afterwards. Threads take turns."""
+        with self._place.routed(self._listens):
             yield
-        else:
-            with patched(self.model, self._routers()):
-                yield
+
+    @property
+    def routers(self) -> dict[str, Any]:
+        """{layer name: router} while the model runs; empty where it is not patched then."""
+        return self._place.routers(self._listens)
 
     @property
     def text_alone(self) -> bool:
         """Whether every router promises that a vector depends on its text alone."""
-        with self.routed():
-            state = patch_of(self.model)
-        promises = [promises_of(router) for router in (() if state is None else state.routers)]
+        promises = [promises_of(router) for router in self.routers.values()]
         return all(promise.batch_independent and promise.padding_independent for promise in promises)
 
     @property
@@ -241,7 +189,7 @@ class Encoder:
         Raises TypeError for what is no text, ValueError for batch_size or processes below 1.
         """
         single = isinstance(texts, str)
-        listed = [texts] if single else list(texts)
+        listed = [texts] if single else listed_texts(texts)
         found = self.combine(self.features(listed, batch_size, progress, instruction=instruction, processes=processes))
         return found[0] if single else found
 
@@ -256,9 +204,8 @@ class Encoder:
     ) -> Features:
         """What `encode` makes vectors of: hidden states (n, D) and router features (n, R), as far as they are needed,
         neither standardised nor combined."""
-        for name, value in (("batch_size", batch_size), ("processes", processes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is impossible. Give a whole number, 1 or more.")
+        batch_size, processes = _count("batch_size", batch_size), _count("processes", processes)
+        texts = listed_texts(texts)
         ids, cut = self.read.ids_and_cut(texts, instruction)
         if not ids:
             empty = self.features(["a"], progress=False)
@@ -295,15 +242,11 @@ class Encoder:
         if self._run is not None:
             yield self._run
         elif processes > 1:
-            with Workers(self.extract, self._routers() if self._is_routed() else None, processes) as workers:
+            with Workers(self.extract, self._place.routers(self._listens) or None, processes) as workers:
                 yield workers
         else:
             with self.routed():
                 yield lambda batches: map(self.extract, batches)
-
-    def _is_routed(self) -> bool:
-        with self.routed():
-            return patch_of(self.model) is not None
 
     def combine(self, features: Features) -> np.ndarray:
         """(n, D): the vectors of features, standardised where the encoder has statistics.
@@ -333,35 +276,43 @@ class Encoder:
         """By what two vectors are compared."""
         return "dot" if self.settings.is_sum else "cosine"
 
-    def _statistics(self, name: str, texts: Sequence[str]) -> Statistics:
+    def _statistics(self, given: Any) -> Statistics | None:
+        """The statistics that are given, or those of the sample that is."""
+        if given is None or isinstance(given, Statistics):
+            return given
+        name, texts = sample_of(given)
         return Statistics.of(self.features(texts, progress=False).whole, name)
 
     def variant(self, **changes: Any) -> Encoder:
         """Another encoder of the same model and router, with other settings (embedding, prompt, pooling, moee, w,
         router_features, layers, max_length) or `standardize`; the model is shared.
 
-        Statistics are kept where the features stay the same, and dropped otherwise.
+        Statistics stay, where the features that they were taken of do. Raises ValueError where they do not and
+        `standardize` is not given anew (None: features as they are), and for what is no setting.
         """
+        known = [field.name for field in fields(EncoderSettings)]
+        if unknown := set(changes) - {*known, "standardize"}:
+            raise ValueError(f"{min(unknown)} cannot be changed. Choose from {', '.join(known)}, standardize.")
+        asked = "standardize" in changes
         sample = changes.pop("standardize", None)
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._run = None
         other.settings = replace(self.settings, **changes)
-        if self._ours and other._listens and patch_of(self.model) is None:
-            patch(self.model, self._routers())
+        if self.statistics is not None and not asked and other.settings.features != self.settings.features:
+            raise ValueError(
+                f"The statistics of {self.statistics.name!r} are of other features than this variant has. Give "
+                "standardize=texts, or standardize=None for features as they are."
+            )
         other._make()
-        if set(changes) - {"w", "moee"} or (changes and other.settings.embedding != "moee"):
-            other.statistics = None
-        if sample is not None:
-            other.statistics = sample if isinstance(sample, Statistics) else other._statistics(*sample_of(sample))
+        if asked:
+            other.statistics = other._statistics(sample)
         return other
 
     def about(self) -> dict[str, Any]:
         """All that a vector of this encoder depends on beside the model's weights, as JSON; `router` is one text where
         all layers have the same, or else a list, and null for a model that is not patched."""
-        with self.routed():
-            state = patch_of(self.model)
-        routers = [] if state is None else [text_of(router) for router in state.routers]
+        routers = [text_of(router) for router in self.routers.values()]
         same = len(set(routers)) <= 1
         about = asdict(self.settings) | {"router": next(iter(routers), None) if same else routers}
         return about | {"standardize": None if self.statistics is None else self.statistics.name}
@@ -395,16 +346,17 @@ class Encoder:
         return MTEBModel(self, instructions=instructions)
 
 
-def _in_words(router: Any) -> str:
-    """A router as text, without the address in memory that Python writes for somebody's own function."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(router))
+def listed_texts(texts: Iterable[str]) -> list[str]:
+    """The texts as a list. Raises TypeError for what has no order, or is no collection."""
+    if isinstance(texts, str | Mapping | set | frozenset) or not isinstance(texts, Iterable):
+        raise TypeError(f"Texts cannot be a {type(texts).__name__}. Give a list of strings.")
+    return list(texts)
 
 
-def text_of(router: Any) -> str:
-    """A router as text, the same in every process. Code of the user's own counts by its name."""
-    if isinstance(router, FunctionType):
-        return f"{router.__module__}:{router.__qualname__}"
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(router))
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise ValueError(f"{name}={value!r} is impossible. Give a whole number, 1 or more.")
+    return operator.index(value)
 
 
 def _is_place(given: Any) -> bool:
@@ -421,6 +373,3 @@ def _tokenizer_of(model: Any, tokenizer: Any, source: str | None, offline: bool)
             "usmoe.Encoder(model, tokenizer=...)."
         )
     return load_tokenizer(tokenizer if tokenizer is not None else source, offline=offline)
-
-
-assert set(POOLINGS) == set(get_args(Pooling))

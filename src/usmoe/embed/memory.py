@@ -110,4 +110,4 @@ def _widest(encoders: Sequence[Encoder]) -> Encoder:
     listening = [encoder for encoder in encoders if encoder.settings.embedding != "hidden"]
     first = (listening or encoders)[0]
     needs = {encoder.settings.embedding for encoder in encoders}
-    return first if len(needs) == 1 else first.variant(embedding="moee")
+    return first if len(needs) == 1 else first.variant(embedding="moee", standardize=None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +16,17 @@ import torch
 from torch import Tensor
 
 from usmoe.embed.digest import digest
-from usmoe.embed.encoder import Encoder, text_of
+from usmoe.embed.encoder import Encoder
 from usmoe.embed.extra import of_extra
 from usmoe.embed.memory import FeatureMemory
 from usmoe.embed.prompts import PROMPTS
 from usmoe.embed.standardize import Statistics
+from usmoe.hf.identity import identity, text_of
 from usmoe.hf.packed import packed_experts
-from usmoe.hf.patch import patch_of
 from usmoe.hf.wrapped import unwrapped
 from usmoe.models import SHIPPED
 from usmoe.routing import OwnChoice
+from usmoe.routing.router import Router
 
 with of_extra("Encoder.as_mteb()"):
     from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -105,9 +108,7 @@ class MTEBModel:
     def mteb_model_meta(self) -> ModelMeta:
         """Name, weights and setting. What is not known is None."""
         encoder, model = self.encoder, unwrapped(self.encoder.model)
-        with encoder.routed():
-            state = patch_of(model)
-        routers = [] if state is None else state.routers
+        routers = list(encoder.routers.values())
         return ModelMeta.create_empty(
             overwrites={
                 "name": name_of(encoder.source),
@@ -139,6 +140,7 @@ class MTEBModel:
             "standardize": None if statistics is None else short(f"{statistics.name} {_arrays_of(statistics)}"),
             "max_length": settings.max_length,
             "dtype": None if dtype == "float32" else dtype,
+            "code": _code(routers),
         }
         return {
             "router": short(_text_of_all(routers)),
@@ -195,6 +197,16 @@ def _text_of_all(routers: Sequence[Any]) -> str:
     """The router of all layers, or those of each; own_choice for a model that is not patched."""
     texts = [text_of(router) for router in routers] or [str(OwnChoice())]
     return texts[0] if len(set(texts)) == 1 else f"{len(texts)} routers: {'; '.join(texts)}"
+
+
+def _code(routers: Sequence[Any]) -> str | None:
+    """Of routers of the user's own, which a name does not tell apart: a digest of what they are; of those that cannot
+    be told apart at all, something new each time, so that nothing is read that another has written."""
+    own = [identity(router) for router in routers if not isinstance(router, Router)]
+    if not own:
+        return None
+    said = uuid.uuid4().hex if None in own else json.dumps(own, sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 def _alpha(routers: Sequence[Any]) -> float | None:

@@ -19,7 +19,6 @@ from usmoe.embed.encoder import Encoder, EncoderSettings
 from usmoe.embed.standardize import Statistics
 from usmoe.hf.load import DTYPES
 from usmoe.hf.packed import packed_experts
-from usmoe.hf.patch import patch_of
 from usmoe.hf.saved import as_data, routers_in
 from usmoe.hf.wrapped import unwrapped
 
@@ -65,12 +64,11 @@ def _write(encoder: Encoder, folder: Path) -> None:
     model, tokenizer = unwrapped(encoder.model), cast(Any, encoder.tokenizer)
     with encoder.routed():
         model.save_pretrained(folder)
-        state = patch_of(model)
     tokenizer.save_pretrained(folder)
     statistics = encoder.statistics
     if statistics is not None:
         save_file({"mean": statistics.mean, "deviation": statistics.deviation}, folder / _ARRAYS)
-    routers = {} if state is None else {layer.name: r for layer, r in zip(state.layers, state.routers, strict=True)}
+    routers = encoder.routers
     data = {
         "schema": SCHEMA,
         "settings": asdict(encoder.settings),
@@ -111,7 +109,16 @@ def load(folder: Path, *, device: str = "cpu", dtype: str | None = None, router:
         raise ValueError(f"{path} is not as usmoe writes it ({error}). Save the encoder again.") from error
     if router is None and routers is not None:
         router = routers_in(routers, str(path), "usmoe.Encoder.load(folder, router=...)")
-    return Encoder(folder, router=router, standardize=kept, device=device, dtype=kind, **settings)
+    return Encoder(folder, folder, router, standardize=kept, device=device, dtype=kind, **settings)
+
+
+def refuse_what_is_saved(model: str | Path | None) -> None:
+    """Raise ValueError for a folder that holds an encoder: its settings would be lost."""
+    if model is not None and (Path(model) / _SETTINGS).is_file():
+        raise ValueError(
+            f"{model} holds an encoder with settings of its own: usmoe.Encoder.load({str(model)!r}). For its model "
+            "alone give the tokenizer, too."
+        )
 
 
 def _data(path: Path) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Reader:
         Raises TypeError for what is no text, and ValueError where the prompt alone does not fit.
         """
         refuse_what_is_no_text(texts)
+        if instruction is not None and not isinstance(instruction, str):
+            raise TypeError(f"instruction={instruction!r} is no text. Give one for all texts, or None.")
         before, after = template_of(self.prompt)
         before += instructed(instruction)
         found: list[list[int]] = []
@@ -96,13 +98,16 @@ class Reader:
 
 
 def refuse_what_is_no_text(texts: Sequence[str]) -> None:
-    """Raises TypeError, with the place, where one of the texts is no string."""
+    """Raises TypeError, with the place, where one of the texts is no string, and ValueError where one holds half of a
+    surrogate pair, which is no character."""
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(
                 f"Text {index} is {'None' if text is None else f'of type {type(text).__name__}'}, not a string. Give a "
                 "list of strings."
             )
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"Text {index} holds half of a surrogate pair, which is no character. Repair the text.")
 
 
 def longest(model: Any, tokenizer: Any, asked: int | None) -> int | None:
@@ -116,9 +121,9 @@ def longest(model: Any, tokenizer: Any, asked: int | None) -> int | None:
     limit = min(limits, default=None)
     if asked is None:
         return limit
-    if asked < 1 or (limit is not None and asked > limit):
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1 or (limit is not None and asked > limit):
         raise ValueError(
-            f"max_length={asked} is impossible: this model reads 1 to {limit or 'any number of'} tokens. Choose one in "
-            "between, or leave max_length out."
+            f"max_length={asked!r} is impossible: this model reads 1 to {limit or 'any number of'} tokens. Choose one "
+            "in between, or leave max_length out."
         )
     return asked

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +25,8 @@ from usmoe.evaluate.language import (
 from usmoe.evaluate.language_data import LanguageTask, find_language_tasks
 from usmoe.evaluate.language_model import LanguageModel
 from usmoe.hf.continuation import Scoring
+from usmoe.hf.identity import identity
 from usmoe.hf.patch import patch_of, patched
-from usmoe.routing.router import Router
 
 
 def compare_routers(
@@ -119,20 +118,8 @@ def _routers(model: Any) -> dict[str, Any] | None:
     state = patch_of(model)
     if state is None:
         return {}
-    said = {layer.name: _router(router) for layer, router in zip(state.layers, state.routers, strict=True)}
+    said = {layer.name: identity(router) for layer, router in zip(state.layers, state.routers, strict=True)}
     return None if None in said.values() else said
-
-
-def _router(router: Any) -> Any:
-    """A router of ours as its fields; of the user's own by its name, its file's digest and its fields."""
-    if isinstance(router, Router):
-        return router.to_dict()
-    kind = router if hasattr(router, "__qualname__") else type(router)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if file is None:
-        return None
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return {"own": f"{kind.__module__}:{kind.__qualname__}", "file": digest, "fields": repr(vars(router))}
 
 
 def _place(results: Path, task: LanguageTask, label: str, key: Mapping[str, Any]) -> Path:

@@ -47,6 +47,8 @@ class Score:
     high: float | None
     seconds: float
     """To encode and to score."""
+    seed: int = 0
+    """Of the bootstrap."""
     newer: str | None = None
     """The task that mteb has in its place by now, where there is one."""
     revision: str = ""
@@ -79,6 +81,7 @@ def evaluate(
     offline: bool = False,
     quantize: str | None = None,
     progress: bool = True,
+    anew: bool = False,
     done: Callable[[Score], None] | None = None,
 ) -> list[Score]:
     """The score of every setting in every task: tasks in the order given, and in each the settings.
@@ -90,6 +93,7 @@ def evaluate(
               there for the same weights, data and setting is read, not computed again; finished tasks survive a kill
     seed      of the bootstrap; mteb keeps its own, so that its scores are comparable
     quantize  nf4 | fp4: the experts' weights in 4 bits
+    anew      compute also what is kept
     done      called with each Score as it comes
 
     Settings that differ in their embedding alone share their forwards.
@@ -113,11 +117,11 @@ def evaluate(
     scores: dict[tuple[str, Setting], Score] = {}
     for _, group in groupby(sorted(settings, key=lambda one: repr(one.forward)), key=lambda one: one.forward):
         memory = FeatureMemory()
-        models = {one: _model(first, one, routers[one.router], memory, about) for one in group}
+        models = {one: _model(first, one, routers[one.router], memory, about, batch_size) for one in group}
         for task in found:
             missing = []
             for setting, scored in models.items():
-                kept = _read(_place(results, task, scored), task, setting)
+                kept = None if anew else _read(_place(results, task, scored), task, setting, seed)
                 if kept is None:
                     missing.append(setting)
                 else:
@@ -137,10 +141,14 @@ def router_of(text: str) -> Any:
     return None if text == "own" else read_router(text)
 
 
-def _model(first: Encoder, setting: Setting, router: Any, memory: FeatureMemory, about: dict[str, Any]) -> MTEBModel:
+def _model(
+    first: Encoder, setting: Setting, router: Any, memory: FeatureMemory, about: dict[str, Any], batch_size: int
+) -> MTEBModel:
     fields = asdict(setting.encoder_settings())
     encoder = Encoder(first.model, first.tokenizer, router, standardize=setting.standardize, **fields)
     encoder.source = first.source
+    if not encoder.text_alone:  # who is in a batch then counts
+        about = about | {"batch_size": batch_size}
     return MTEBModel(encoder, instructions=setting.instruction, memory=memory, about=about)
 
 
@@ -150,14 +158,14 @@ def _place(results: Path, task: Any, model: MTEBModel) -> Path:
     return results / "scores" / path.relative_to(results / "results")
 
 
-def _read(path: Path, task: Any, setting: Setting) -> Score | None:
-    """A Score that was kept, of the same data and the same versions; None where there is none. Its setting may have
-    been typed otherwise, so it gets the one that was asked for."""
+def _read(path: Path, task: Any, setting: Setting, seed: int) -> Score | None:
+    """A Score that was kept, of the same data, seed and versions; None where there is none. Its setting may have been
+    typed otherwise, so it gets the one that was asked for."""
     try:
         score = Score.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError, KeyError):  # none, or one that another version wrote
         return None
-    same = (score.revision, score.versions) == (_revision(task), _versions())
+    same = (score.revision, score.seed, score.versions) == (_revision(task), seed, _versions())
     return replace(score, setting=setting) if same else None
 
 
@@ -221,6 +229,7 @@ def _score(task: Any, setting: Setting, said: Any, predictions: Path, seed: int,
         low=None if around is None else around.low,
         high=None if around is None else around.high,
         seconds=seconds,
+        seed=seed,
         newer=task.superseded_by,
         revision=_revision(task),
         versions=_versions(),

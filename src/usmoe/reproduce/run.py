@@ -58,12 +58,14 @@ def run(
     *,
     offline: bool = False,
     progress: bool = True,
+    anew: bool = False,
     done: Callable[[Score], None] | None = None,
     evaluate: Callable[..., Sequence[Score]] | None = None,
 ) -> Result:
     """Score every column in every task. What an earlier run, or another table, has finished in `results` is read.
 
     progress  a bar for the texts of each encoding
+    anew      compute also what is kept
     done      called with each score as it comes; there will be plan.scores of them
     evaluate  what scores one model; None: usmoe.evaluate.run.evaluate
     """
@@ -86,6 +88,7 @@ def run(
             offline=offline,
             quantize=plan.quantize,
             progress=progress,
+            anew=anew,
             done=done,
         ):
             found.setdefault((model, score.setting), []).append(score)
