@@ -274,8 +274,8 @@ def test_the_best_is_bold_only_where_its_band_is_clear_of_all_settings_also_in_o
 # --- published figures ----------------------------------------------------------------------------------------------
 
 PUBLISHED = {"STS12": 72.37, "STS13": 80.60, "STS14": 75.59, "STSBenchmark": 82.03}
-"""Of all-MiniLM-L6-v2, Spearman, on the MTEB leaderboard. BIOSSES (81.64) is left out: the copy in ../shared/data is the
-authors', the hub's was cleaned, and sentence-transformers itself has 81.25 on it."""
+"""Of all-MiniLM-L6-v2, Spearman, on the MTEB leaderboard. BIOSSES (81.64) is left out: the copy in ../shared/data
+is the authors', the hub's was cleaned, and sentence-transformers itself has 81.25 on it."""
 
 
 @pytest.mark.slow
