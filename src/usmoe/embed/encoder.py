@@ -299,7 +299,7 @@ class Encoder:
         other.__dict__.update(self.__dict__)
         other._run = None
         other.settings = replace(self.settings, **changes)
-        if self.statistics is not None and not asked and other.settings.features != self.settings.features:
+        if self.statistics is not None and not asked and other.settings.of_features != self.settings.of_features:
             raise ValueError(
                 f"The statistics of {self.statistics.name!r} are of other features than this variant has. Give "
                 "standardize=texts, or standardize=None for features as they are."

@@ -51,7 +51,7 @@ class EncoderSettings:
             raise ValueError('layers names routers, which embedding="hidden" does not read. Leave it out.')
 
     @property
-    def features(self) -> tuple[Any, ...]:
+    def of_features(self) -> tuple[Any, ...]:
         """What the features depend on: settings that agree in it can share forwards and statistics."""
         return (self.embedding, self.prompt, self.pooling, self.router_features, self.layers, self.max_length)
 
