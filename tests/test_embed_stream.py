@@ -14,7 +14,6 @@ import time
 import tracemalloc
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from usmoe.embed import part, stream
 from usmoe.embed.features import Features
 from usmoe.embed.part import Done, Part
 from usmoe.embed.rows import texts_of
+from usmoe.embed.standardize import Statistics
 from usmoe.embed.stream import embed_file
 from usmoe.models import SAMPLE
 
@@ -280,7 +280,7 @@ def test_other_settings_are_refused_by_name(file, tmp_path):
     with pytest.raises(ValueError, match="begun with model="):
         run(other, file, output)
     other = Fake()
-    other.statistics = SimpleNamespace(mean=np.zeros(2), deviation=np.ones(2))
+    other.statistics = Statistics(name="two", texts=2, mean=np.zeros(2), deviation=np.ones(2))
     with pytest.raises(ValueError, match="begun with statistics=None"):
         run(other, file, output)
     other.settings = {"prompt": "sentiment"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +24,6 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def write_routers(path: Path, routers: Mapping[str, Any]) -> None:
     """Write routers for `read_router`, whole or not at all."""
     from usmoe.hf.saved import as_data
+    from usmoe.report.whole import whole_json
 
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(json.dumps(as_data(routers), indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    whole_json(as_data(routers), path)

@@ -20,7 +20,6 @@ from usmoe.embed.encoder import Encoder
 from usmoe.embed.extra import of_extra
 from usmoe.embed.memory import FeatureMemory
 from usmoe.embed.prompts import PROMPTS
-from usmoe.embed.standardize import Statistics
 from usmoe.hf.identity import identity, text_of
 from usmoe.hf.packed import packed_experts
 from usmoe.hf.wrapped import unwrapped
@@ -59,7 +58,7 @@ class MTEBModel:
         *,
         instructions: bool = False,
         memory: FeatureMemory | None = None,
-        about: Mapping[str, str] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.encoder = encoder
         self.instructions = instructions
@@ -137,7 +136,7 @@ class MTEBModel:
             "features": settings.router_features if listens and settings.router_features != "logits" else None,
             "layers": None if settings.layers is None else short(", ".join(map(str, settings.layers))),
             "instruction": True if self.instructions else None,
-            "standardize": None if statistics is None else short(f"{statistics.name} {_arrays_of(statistics)}"),
+            "standardize": None if statistics is None else short(f"{statistics.name} {statistics.digest[:8]}"),
             "max_length": settings.max_length,
             "dtype": None if dtype == "float32" else dtype,
             "code": _code(routers),
@@ -215,7 +214,3 @@ def _alpha(routers: Sequence[Any]) -> float | None:
     alphas = {getattr(router, "alpha", "none") for router in routers}
     found = alphas.pop() if len(alphas) == 1 else "none"
     return None if found == "none" else 0.0 if found is None else float(found)
-
-
-def _arrays_of(statistics: Statistics) -> str:
-    return hashlib.sha256(statistics.mean.tobytes() + statistics.deviation.tobytes()).hexdigest()[:8]

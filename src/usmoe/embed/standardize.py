@@ -30,6 +30,11 @@ class Statistics:
     deviation: np.ndarray
     """(F,); 1 where a feature does not vary in the sample."""
 
+    @property
+    def digest(self) -> str:
+        """Hexadecimal digits that other values do not share."""
+        return hashlib.sha256(self.mean.tobytes() + self.deviation.tobytes()).hexdigest()
+
     @staticmethod
     def of(features: np.ndarray, name: str) -> Statistics:
         """Of features (n, F) of a sample. Raises ValueError for fewer than two texts."""

@@ -115,8 +115,7 @@ def _settings(encoder: Encoder, instruction: str | None, batch_size: int, proces
 
     settings = encoder.about() | {"instruction": instruction, "model": digest(encoder.model, encoder.tokenizer)}
     if encoder.statistics is not None:
-        taken = encoder.statistics.mean.tobytes() + encoder.statistics.deviation.tobytes()
-        settings["statistics"] = hashlib.sha256(taken).hexdigest()[:16]
+        settings["statistics"] = encoder.statistics.digest[:16]
     return settings if encoder.text_alone else settings | {"batch_size": batch_size, "processes": processes}
 
 

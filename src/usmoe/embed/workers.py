@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from usmoe.embed.features import Extractor, Features
+from usmoe.embed.features import Extractor, Features, chosen_layers
 from usmoe.hf.patch import patch, unpatched
 
 _Batch = Sequence[Sequence[int]]
@@ -54,8 +54,6 @@ _here: dict[str, Extractor] = {}
 
 
 def _begin(extract: Extractor, names: list[str], routers: Any, threads: int) -> None:
-    from usmoe.embed.features import chosen_layers
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from usmoe.evaluate.language_model import LanguageModel
 from usmoe.hf.continuation import Scoring
 from usmoe.hf.identity import identity
 from usmoe.hf.patch import patch_of, patched
+from usmoe.report.whole import whole_json
 
 
 def compare_routers(
@@ -84,7 +84,7 @@ def compare_routers(
                 with _under(model, router):
                     found = task_scores(scorer, task, loaded, limit=limit, seed=seed)
                 if place is not None:
-                    _keep(place, key, found)
+                    whole_json({"key": key, "scores": [one.to_dict() for one in found]}, place)
             scores[label] += found
             done(label, found)
     return {label: found + group_scores(groups, found) for label, found in scores.items()}
@@ -135,15 +135,3 @@ def _read(place: Path, key: Mapping[str, Any]) -> list[TaskScore] | None:
         return [TaskScore.from_dict(one) for one in kept["scores"]] if kept["key"] == key else None
     except (FileNotFoundError, ValueError, TypeError, KeyError):  # none, or not of our writing
         return None
-
-
-def _keep(place: Path, key: Mapping[str, Any], scores: Sequence[TaskScore]) -> None:
-    """Write scores, whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
-        said = {"key": key, "scores": [one.to_dict() for one in scores]}
-        part.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        part.replace(place)
-    finally:
-        part.unlink(missing_ok=True)

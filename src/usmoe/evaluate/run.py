@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +20,12 @@ from mteb.cache import ResultCache
 from usmoe.embed.encoder import Encoder
 from usmoe.embed.memory import FeatureMemory
 from usmoe.embed.mteb_model import MTEBModel, refuse_sum
+from usmoe.embed.standardize import Statistics, sample_of
 from usmoe.evaluate.bands import band
 from usmoe.evaluate.setting import Setting
 from usmoe.evaluate.tasks import find_tasks
 from usmoe.hf.saved import read_router
+from usmoe.report.whole import whole_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def evaluate(
     quantize: str | None = None,
     progress: bool = True,
     anew: bool = False,
-    done: Callable[[Score], None] | None = None,
+    done: Callable[[Score], None] = lambda score: None,
 ) -> list[Score]:
     """The score of every setting in every task: tasks in the order given, and in each the settings.
 
@@ -102,10 +103,9 @@ def evaluate(
     than similarities, all before anything is computed.
     """
     found = find_tasks(tasks, data=data)
-    for setting in settings:
+    if any(setting.encoder_settings().is_sum for setting in settings):
         for task in found:
-            if setting.encoder_settings().is_sum:
-                refuse_sum(task.metadata)
+            refuse_sum(task.metadata)
     routers = {setting.router: router_of(setting.router) for setting in settings}
     first = Encoder(None if model in (None, "shipped") else model, device=device, dtype=dtype, offline=offline)
     if quantize is not None:
@@ -115,9 +115,9 @@ def evaluate(
     about = {"quantize": quantize} if quantize else {}
     cache = ResultCache(cache_path=results)
     scores: dict[tuple[str, Setting], Score] = {}
-    for _, group in groupby(sorted(settings, key=lambda one: repr(one.forward)), key=lambda one: one.forward):
+    for forward, group in groupby(sorted(settings, key=lambda one: repr(one.forward)), key=lambda one: one.forward):
         memory = FeatureMemory()
-        models = {one: _model(first, one, routers[one.router], memory, about, batch_size) for one in group}
+        models = _models(first, list(group), routers[forward[0]], memory, about, batch_size)
         for task in found:
             missing = []
             for setting, scored in models.items():
@@ -126,12 +126,10 @@ def evaluate(
                     missing.append(setting)
                 else:
                     scores[task.metadata.name, setting] = kept
-                    if done is not None:
-                        done(kept)
+                    done(kept)
             for score in _run(task, {one: models[one] for one in missing}, cache, results, batch_size, seed, progress):
                 scores[task.metadata.name, score.setting] = score
-                if done is not None:
-                    done(score)
+                done(score)
             memory.clear()
     return [scores[task.metadata.name, setting] for task in found for setting in settings]
 
@@ -141,15 +139,28 @@ def router_of(text: str) -> Any:
     return None if text == "own" else read_router(text)
 
 
-def _model(
-    first: Encoder, setting: Setting, router: Any, memory: FeatureMemory, about: dict[str, Any], batch_size: int
-) -> MTEBModel:
-    fields = asdict(setting.encoder_settings())
-    encoder = Encoder(first.model, first.tokenizer, router, standardize=setting.standardize, **fields)
-    encoder.source = first.source
-    if not encoder.text_alone:  # who is in a batch then counts
-        about = about | {"batch_size": batch_size}
-    return MTEBModel(encoder, instructions=setting.instruction, memory=memory, about=about)
+def _models(
+    first: Encoder, settings: Sequence[Setting], router: Any, memory: FeatureMemory, about: dict[str, Any], batch: int
+) -> dict[Setting, MTEBModel]:
+    """The models of settings that share their forwards; also those over the sample that they are standardised by."""
+    encoders = {one: Encoder(first.model, first.tokenizer, router, **_fields(one)) for one in settings}
+    sampling = FeatureMemory()
+    for encoder in encoders.values():
+        sampling.join(encoder)
+    found = {}
+    for one, encoder in encoders.items():
+        if one.standardize is not None:
+            name, texts = sample_of(one.standardize)
+            features = sampling.features(encoder, texts, progress=False)
+            encoder = encoder.variant(standardize=Statistics.of(features.whole, name))
+        encoder.source = first.source
+        alone = {} if encoder.text_alone else {"batch_size": batch}  # who is in a batch then counts
+        found[one] = MTEBModel(encoder, instructions=one.instruction, memory=memory, about=about | alone)
+    return found
+
+
+def _fields(setting: Setting) -> dict[str, Any]:
+    return asdict(setting.encoder_settings())
 
 
 def _place(results: Path, task: Any, model: MTEBModel) -> Path:
@@ -209,7 +220,7 @@ def _run(
             co2_tracker=False,
         ).task_results[0]
         score = _score(task, setting, said, predictions, seed, time.monotonic() - began)
-        _keep(place, score)
+        whole_json(score.to_dict(), place)
         yield score
     task.unload_data()
 
@@ -244,14 +255,3 @@ def _runs(said: Any, metric: str) -> list[float]:
             found += [run[metric] for run in scores.get("scores_per_experiment", []) if metric in run]
             found += scores.get("v_measures", []) if isinstance(scores.get("v_measures"), list) else []
     return found
-
-
-def _keep(place: Path, score: Score) -> None:
-    """Write a Score, whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(score.to_dict(), indent=1) + "\n", encoding="utf-8")
-        part.replace(place)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,16 +1,35 @@
-"""Pictures are written whole or not at all."""
+"""Files are written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def whole_picture(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG."""
-    part = path.with_name(f".{path.name}.part")
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to: it takes its place where the with block ends well, and is gone otherwise."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        figure.savefig(part, dpi=150, format="png")
+        yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def whole_picture(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG."""
+    with whole(path) as part:
+        figure.savefig(part, dpi=150, format="png")
+
+
+def whole_json(said: Any, path: Path, *, allow_nan: bool = True) -> None:
+    """Write JSON, and make the folder where there is none. Raises ValueError for NaN and infinities where they are not
+    allowed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as part:
+        part.write_text(json.dumps(said, indent=1, allow_nan=allow_nan) + "\n", encoding="utf-8")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from usmoe.report.whole import whole_json
 from usmoe.reproduce.plan import SHIPPED, Plan
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(
     offline: bool = False,
     progress: bool = True,
     anew: bool = False,
-    done: Callable[[Score], None] | None = None,
+    done: Callable[[Score], None] = lambda score: None,
     evaluate: Callable[..., Sequence[Score]] | None = None,
 ) -> Result:
     """Score every column in every task. What an earlier run, or another table, has finished in `results` is read.
@@ -107,10 +107,4 @@ def load(path: Path) -> Result:
 
 def save(result: Result, path: Path) -> None:
     """Write a result, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    whole_json(result.to_dict(), path, allow_nan=False)
