@@ -3,10 +3,11 @@
 python scripts/make_ranking_sets.py ../shared/data OUT
 usmoe eval --data OUT --tasks NewsgroupsSubjects,BankingIntents
 
-NewsgroupsSubjects, Retrieval: 300 subject lines of 20 Newsgroups as queries over the first 400 characters of 1,000
-posts; the relevant one is the post that bore the subject. Subjects that several posts share (a thread) are left out as
-queries, so there may be fewer, and replies and quotes stay in the posts. BankingIntents, Reranking: 300 questions of
-BANKING77's test split, each with 4 questions of its intent and 16 of others, from the train split, in random order.
+NewsgroupsSubjects, Retrieval: subject lines of 20 Newsgroups, 300 at most, as queries over the first 400 characters of
+1,000 posts; the relevant one is the post that bore the subject. Subjects that several posts share (a thread) and those
+of fewer than three words are left out as queries: 275 are left of seed 0's posts. Replies and quotes stay in the posts.
+BankingIntents, Reranking: 300 questions of BANKING77's test split, each with 4 questions of its intent and 16 of
+others, from the train split, in random order.
 
 The same arguments give the same files. 20 Newsgroups states no licence (Usenet posts, free for research); BANKING77 is
 CC BY 4.0.
