@@ -9,16 +9,17 @@ import torch
 
 from small_layer import VALID, B, D, E, F, L, layer, tokens
 from usmoe import MoE, OwnChoice, SoftMoE, USMoE
+from usmoe.layers.losses import distillation_loss
 from usmoe.routing.gates import GATES, CosineGate, FrozenGate
 
 
 @pytest.mark.parametrize("gate", list(GATES))
 def test_every_gate_makes_a_layer_that_learns(gate: str):
     torch.manual_seed(0)
-    moe = MoE(D, F, E, USMoE(k=2), gate=gate)
-    y, out = moe(tokens(dtype=torch.float32))
+    moe = MoE(D, F, E, USMoE(k=2), gate=gate, vocabulary=7)
+    y, out = moe(tokens(dtype=torch.float32), tokens=torch.arange(B * L).view(B, L) % 7)
     assert out.logits.shape == (B, L, E)
-    y.square().sum().backward()
+    (y.square().sum() + distillation_loss([out])).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in moe.parameters())
     assert any(p.grad.any() for p in moe.gate.parameters()) or gate == "frozen"  # pyright: ignore
 
@@ -69,7 +70,12 @@ def test_debug_checks_what_route_checks():
         ({"num_experts": 0}, "num_experts=0"),
         ({"shared_experts": -1}, "shared_experts=-1"),
         ({"activation": "gelu"}, "no activation 'gelu'. Known: swiglu, relu"),
-        ({"gate": "lineal"}, "no gate 'lineal'. Known: linear, cosine, noisy, frozen"),
+        ({"gate": "lineal"}, "no gate 'lineal'. Known: linear, cosine, noisy, frozen, stable"),
+        ({"gate": "stable"}, "'stable' routes by token ids and needs their number. Give vocabulary="),
+        ({"gate": "stable", "vocabulary": 0}, "vocabulary=0 is impossible"),
+        ({"noise": -0.1}, "noise=-0.1 is no standard deviation"),
+        ({"noise": math.nan}, "noise=nan"),
+        ({"dropout": 1.0}, "dropout=1.0 is no share of hidden units. Choose 0 <= dropout < 1"),
         ({"router": USMoE(k=5)}, "k=5 experts per token is impossible with 4"),
         ({"router": USMoE()}, "k is missing"),
         ({"router": OwnChoice()}, "pretrained model's own rule"),
@@ -79,7 +85,7 @@ def test_debug_checks_what_route_checks():
 )
 def test_a_layer_that_cannot_be_is_refused(given: dict, says: str):
     with pytest.raises(ValueError, match=says):
-        MoE(**({"d_model": D, "d_ff": F, "num_experts": E} | given))
+        MoE(**({"d_model": D, "d_ff": F, "num_experts": E} | given))  # pyright: ignore[reportArgumentType]
 
 
 def test_other_refusals():

@@ -127,7 +127,9 @@ class RouterOutput:
 
     routing: Routing
     logits: Float[Tensor, "B L E"]
-    """The gate's logits, before any score; differentiable."""
+    """What the router ranked: the gate's logits, before any score; differentiable."""
+    distilled: Float[Tensor, "B L E"] | None = None
+    """Logits of a second router that learns the route of the first (StableMoE); None where nothing is distilled."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from usmoe.experts.compute import ACTIVATIONS, experts_by_pairs, refuse_no_size, up_width
 from usmoe.layers.cut import MovingCut
 from usmoe.routing import OwnChoice, USMoE
-from usmoe.routing.gates import gate_of
+from usmoe.routing.gates import GateOutput, gate_of
 from usmoe.routing.route import check
 from usmoe.routing.router import Router, call, padding_counts, refuse_what_is_no_router
-from usmoe.types import RouterOutput, is_causal
+from usmoe.routing.scores import in_float32_at_least
+from usmoe.types import RouterOutput, Routing, is_causal
 
 
 class MoE(nn.Module):
@@ -40,6 +44,9 @@ class MoE(nn.Module):
         bias: bool = False,
         gate: str | nn.Module = "linear",
         shared_experts: int = 0,
+        noise: float = 0.0,
+        dropout: float = 0.0,
+        vocabulary: int | None = None,
         debug: bool = False,
     ) -> None:
         """
@@ -49,8 +56,11 @@ class MoE(nn.Module):
         router          any router; by default USMoE(k=2) (k=1 where there is one expert)
         activation      swiglu: silu(x W) * x V, then down; relu: relu(x W), then down
         bias            whether the projections of the experts have one
-        gate            linear | cosine | noisy | frozen, or a module (B, L, D) -> (B, L, E)
+        gate            linear | cosine | noisy | frozen | stable, or a module (B, L, D) -> (B, L, E) or GateOutput
         shared_experts  experts of width F that every token passes, beside the routed ones
+        noise           standard deviation of Gaussian noise on the logits, in training mode alone
+        dropout         share of an expert's hidden units that are dropped, in training mode alone
+        vocabulary      number of token ids, for a gate that is given by name and reads them (stable)
         debug           check logits, valid and segments at every call, as route() does; this stalls a GPU
 
         Raises ValueError for sizes below 1, unknown names, and a router that cannot work with so many experts.
@@ -59,14 +69,20 @@ class MoE(nn.Module):
         refuse_no_size(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         if shared_experts < 0:
             raise ValueError(f"shared_experts={shared_experts} is impossible. Give 0 or more.")
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"noise={noise} is no standard deviation. Give 0 or more.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is no share of hidden units. Choose 0 <= dropout < 1.")
         width = up_width(activation, d_ff)
         router = USMoE(k=min(2, num_experts)) if router is None else router
         self.num_experts = num_experts
         self.cut = MovingCut()
         self.reroute(router)
         self.activation = activation
+        self.noise = noise
+        self.dropout = dropout
         self.debug = debug
-        self.gate = gate_of(gate, d_model, num_experts)
+        self.gate = gate_of(gate, d_model, num_experts, vocabulary)
         self.up = nn.Parameter(torch.empty(num_experts, width, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
         self.up_bias = nn.Parameter(torch.zeros(num_experts, width)) if bias else None
@@ -84,33 +100,58 @@ class MoE(nn.Module):
         valid: Bool[Tensor, "B L"] | None = None,
         segments: Int[Tensor, "B L"] | None = None,
         state: Any = None,
+        tokens: Int[Tensor, "B L"] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], RouterOutput]:
         """The layer's output, and the RouterOutput (routing and logits).
 
-        valid (False for padding), segments and state are those of `usmoe.route`. The output has the dtype of x, or of
-        autocast where that is on.
+        valid (False for padding), segments and state are those of `usmoe.route`. tokens are token ids, for a gate that
+        reads them (`reads_tokens`); other gates never see them. The output has the dtype of x, or of autocast where
+        that is on.
         """
         if x.ndim != 3 or x.shape[-1] != self.up.shape[-1]:
             raise ValueError(f"x is {tuple(x.shape)}. Give (sequences, tokens, {self.up.shape[-1]}).")
         if valid is not None and not padding_counts(self.router):  # a NaN in padding times a gradient of 0 is a NaN
             x = x.masked_fill(~valid.bool().unsqueeze(-1), 0)
-        logits = self.gate(x)
+            tokens = None if tokens is None else tokens.masked_fill(~valid.bool(), 0)
+        gated = self._gated(x, tokens)
         if self.debug:
-            check(logits, valid, segments, padding_counts(self.router))
+            check(gated.logits, valid, segments, padding_counts(self.router))
         # compiled code breaks its graph here: the pairs are data, and the selection stays exact
         compiling = torch.compiler.is_compiling()
-        router: Any = torch.compiler.disable(self.router) if compiling else self.router
-        routing = call(router, logits, valid, segments=segments, state=state)
-        if self.training and not is_causal(self.router):
-            update: Any = torch.compiler.disable(self.cut.update) if compiling else self.cut.update
-            update(routing.cut, self.router)
-        activation = ACTIVATIONS[self.activation]
+        routed: Any = torch.compiler.disable(self._routed) if compiling else self._routed
+        routing = routed(gated, valid, segments, state)
+        activation = self._activated if self.dropout and self.training else ACTIVATIONS[self.activation]
         flat = x.flatten(0, 1)
         y = experts_by_pairs(flat, routing, self.up, self.down, activation, self.up_bias, self.down_bias)
         y = y.view_as(x)
         if self.shared_up is not None and self.shared_down is not None:
             y = y + self.shared_down(activation(self.shared_up(x)))
-        return y, RouterOutput(routing=routing, logits=logits)
+        return y, RouterOutput(routing=routing, logits=gated.logits, distilled=gated.distilled)
+
+    def _gated(self, x: Tensor, tokens: Tensor | None) -> GateOutput:
+        """What the gate says, with the noise of training."""
+        said = self.gate(x, tokens) if getattr(self.gate, "reads_tokens", False) else self.gate(x)
+        gated = said if isinstance(said, GateOutput) else GateOutput(logits=said)
+        if not (self.noise and self.training):
+            return gated
+        noisy = gated.logits + self.noise * torch.randn_like(gated.logits)
+        return GateOutput(logits=noisy, weights=gated.weights, distilled=gated.distilled)
+
+    def _routed(self, gated: GateOutput, valid: Tensor | None, segments: Tensor | None, state: Any) -> Routing:
+        """What the router says, weighed by the gate where it has weights; in training mode, what learns of it does."""
+        routing = call(self.router, gated.logits, valid, segments=segments, state=state)
+        if self.training and not is_causal(self.router):
+            self.cut.update(routing.cut, self.router)
+        if self.training and hasattr(self.gate, "observe"):
+            self.gate.observe(routing)  # pyright: ignore[reportCallIssue]
+        if gated.weights is None:
+            return routing
+        weight = in_float32_at_least(gated.weights).reshape(-1).gather(0, routing.pair)
+        return dataclasses.replace(routing, weight=weight)
+
+    def _activated(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N F"]:
+        """The activation, with the dropout of training."""
+        return F.dropout(ACTIVATIONS[self.activation](hidden), self.dropout)
 
     def reroute(self, router: Any) -> None:
         """Route by another router from now on. Raises ValueError for one that cannot work with so many experts."""
@@ -119,9 +160,10 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         experts, d_model, d_ff = self.down.shape
-        return (
-            f"d_model={d_model}, d_ff={d_ff}, num_experts={experts}, activation={self.activation}, router={self.router}"
-        )
+        shown = f"d_model={d_model}, d_ff={d_ff}, num_experts={experts}, activation={self.activation}"
+        for name in ("noise", "dropout"):
+            shown += f", {name}={getattr(self, name)}" if getattr(self, name) else ""
+        return f"{shown}, router={self.router}"
 
 
 def _refuse_impossible(router: Any, num_experts: int) -> Tensor | None:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from usmoe.routing.scores import in_float32_at_least
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GateOutput:
+    """What a gate says that has more to say than logits."""
+
+    logits: Float[Tensor, "*tokens E"]
+    """What the router ranks."""
+    weights: Float[Tensor, "*tokens E"] | None = None
+    """Weights that replace the router's own at the pairs it chooses; None: the router weighs."""
+    distilled: Float[Tensor, "*tokens E"] | None = None
+    """Logits of a second router that learns the route of the first; None where nothing is distilled."""
 
 
 class LinearGate(nn.Module):
@@ -29,7 +42,7 @@ class LinearGate(nn.Module):
 
 class CosineGate(nn.Module):
     """Cosine similarity of low-dimensional projections, over a learned temperature (XMoE: Chi et al. 2022,
-    arXiv 2204.09179): invariant to the scale of a token."""
+    arXiv 2204.09179, section 3): token and expert vectors are both normalised, so a token's scale does not count."""
 
     def __init__(self, d_model: int, num_experts: int, *, dim: int | None = None, temperature: float = 0.07) -> None:
         """dim: width of the projection, by default half the number of experts (as in XMoE), at least 2."""
@@ -82,19 +95,94 @@ class FrozenGate(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-GATES: dict[str, Callable[[int, int], nn.Module]] = {
+class StableGate(nn.Module):
+    """A gate of two stages (StableMoE: Dai et al. 2022, arXiv 2204.08396, sections 3.1 and 3.2).
+
+    Stage one learns the route: the affinities x W rank, their sigmoids weigh, and a light router, which knows nothing
+    of a token but its id, learns where it went (`usmoe.layers.losses.distillation_loss`). Stage two, after `freeze()`:
+    the light router ranks and no longer moves, so that the logits of a token id stay what they are; the sigmoids of x W
+    go on weighing and learning.
+
+    A MoE layer with this gate needs `tokens` at every call.
+    """
+
+    reads_tokens = True
+    frozen: Tensor
+    """Whether this is stage two; a buffer, so that a checkpoint keeps it."""
+
+    def __init__(self, d_model: int, num_experts: int, vocabulary: int, *, dim: int = 50) -> None:
+        """
+        vocabulary  number of token ids
+        dim         width of the light router's embeddings
+
+        Raises ValueError for a size below 1.
+        """
+        super().__init__()
+        for name, size in {"vocabulary": vocabulary, "dim": dim}.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} is impossible. Give at least 1.")
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.words = nn.Parameter(torch.randn(vocabulary, dim))
+        self.experts = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)
+        self.register_buffer("frozen", torch.tensor(False))
+        self._second_stage = False  # the buffer's value, where reading it would stall a GPU
+        nn.init.normal_(self.weight, std=d_model**-0.5)
+
+    def freeze(self) -> None:
+        """Begin stage two: the light router ranks, and no optimiser moves it any more."""
+        self.frozen.fill_(True)
+        self._enter(True)
+
+    def _enter(self, second: bool) -> None:
+        self._second_stage = second
+        for parameter in (self.words, self.experts):
+            parameter.requires_grad_(not second)
+            if second:
+                parameter.grad = None  # a gradient of 0 would still let weight decay and momentum move it
+
+    def forward(self, x: Float[Tensor, "*tokens D"], tokens: Int[Tensor, "*tokens"] | None = None) -> GateOutput:
+        """Logits, weights and, in stage one, the distilled logits. Raises ValueError without a token id for each x."""
+        if tokens is None or tokens.shape != x.shape[:-1]:
+            given = "none" if tokens is None else f"those of shape {tuple(tokens.shape)}"
+            raise ValueError(
+                f"The stable gate routes by token ids, and was given {given}. "
+                f"Call the layer with tokens={tuple(x.shape[:-1])} ids."
+            )
+        affinity = in_float32_at_least(F.linear(x, self.weight.to(x.dtype)))
+        light = in_float32_at_least(F.linear(F.embedding(tokens, self.words), self.experts))
+        if self._second_stage:
+            return GateOutput(logits=light.detach(), weights=affinity.sigmoid())
+        return GateOutput(logits=affinity, weights=affinity.sigmoid(), distilled=light)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Enter the stage that is loaded."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        stage = state_dict.get(f"{prefix}frozen")
+        if stage is not None:
+            self._enter(bool(stage))
+
+
+GATES: dict[str, type[nn.Module]] = {
     "linear": LinearGate,
     "cosine": CosineGate,
     "noisy": NoisyGate,
     "frozen": FrozenGate,
+    "stable": StableGate,
 }
-"""Gates by name: (d_model, num_experts) -> module."""
+"""Gates by name: (d_model, num_experts) -> module, and a vocabulary where it reads token ids."""
 
 
-def gate_of(gate: str | nn.Module, d_model: int, num_experts: int) -> nn.Module:
-    """The gate of a name, or the module itself. Raises ValueError for an unknown name, listing the known ones."""
+def gate_of(gate: str | nn.Module, d_model: int, num_experts: int, vocabulary: int | None = None) -> nn.Module:
+    """The gate of a name, or the module itself. `vocabulary` is read by the gates that read token ids alone.
+
+    Raises ValueError for an unknown name, listing the known ones, and where a gate lacks its vocabulary.
+    """
     if isinstance(gate, nn.Module):
         return gate
     if gate not in GATES:
         raise ValueError(f"There is no gate {gate!r}. Known: {', '.join(GATES)}; or give a module of your own.")
-    return GATES[gate](d_model, num_experts)
+    if not getattr(GATES[gate], "reads_tokens", False):
+        return GATES[gate](d_model, num_experts)
+    if vocabulary is None:
+        raise ValueError(f"The gate {gate!r} routes by token ids and needs their number. Give vocabulary=50257, say.")
+    return GATES[gate](d_model, num_experts, vocabulary)
