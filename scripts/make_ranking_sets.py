@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from usmoe.evaluate.local import find, read
+from usmoe.data.local import find
+from usmoe.data.rows import read
 
 QUERIES, DOCUMENTS, CHARACTERS = 300, 1000, 400
 POSITIVES, NEGATIVES = 4, 16

@@ -1,6 +1,6 @@
 """Imports obey the arrow.
 
-    types -> lp -> routing -> experts -> layers -> {hf, models} -> {embed, train, attack, audit}
+    types -> lp -> routing -> experts -> {layers, data} -> {hf, models} -> {embed, train, attack, audit}
           -> evaluate -> reproduce -> cli
 
 Two of one brace may know each other in one direction.
@@ -24,7 +24,7 @@ ARROW = [
     {"lp"},
     {"routing"},
     {"experts"},
-    {"layers"},
+    {"layers", "data"},
     {"hf", "models"},
     {"embed", "train", "attack", "audit"},
     {"evaluate"},
@@ -35,7 +35,7 @@ READERS = {"metrics", "report", "plots"}
 TOP = {"cli", "__main__"}
 HEAVY = {"transformers", "datasets", "mteb", "sentence_transformers", "accelerate", "safetensors"}
 HEAVY |= {"matplotlib", "typer", "rich", "tqdm", "lm_eval", "pyarrow", "sklearn", "scipy"}
-ADAPTERS = {"hf", "models", "embed", "train", "evaluate", "cli", "__main__", "report", "plots"}
+ADAPTERS = {"data", "hf", "models", "embed", "train", "evaluate", "cli", "__main__", "report", "plots"}
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 
@@ -74,6 +74,11 @@ def ours(path: Path) -> set[str]:
 def test_imports_obey_the_arrow(path: Path):
     if part(path) != "__init__":
         assert not {other for other in ours(path) if not may_import(part(path), other)}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part(path) == "data"], ids=str)
+def test_data_know_neither_routers_nor_layers(path: Path):
+    assert not ours(path) - {"data", "types"} - READERS
 
 
 def test_no_two_parts_import_each_other():

@@ -13,7 +13,8 @@ import pytest
 mteb = pytest.importorskip("mteb", reason="the extra usmoe[embed]")
 
 import hash_encoder as make  # noqa: E402
-from usmoe.evaluate.local import at, find, read  # noqa: E402
+from usmoe.data.local import at, find  # noqa: E402
+from usmoe.data.rows import read  # noqa: E402
 from usmoe.evaluate.tasks import PAPER, find_tasks  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -18,7 +18,8 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
-from usmoe.evaluate.local import LocalData, read, require_columns
+from usmoe.data.local import LocalData
+from usmoe.data.rows import read, require_columns
 
 OLD_RERANKING = ("query", "positive", "negative")
 """The columns of reranking sets before mteb 2: one row a query, its documents in lists."""

@@ -101,7 +101,7 @@ def language_tasks(
     names        tasks, groups (mmlu) or tags (ai2_arc) as `lm_eval ls tasks` lists them, or of files in `include`
     scoring      honest | teacher-forced, as LanguageModel says
     limit        samples a task, from its beginning; None for all
-    data         a folder in place of the hub, in the hub's columns (usmoe.evaluate.local.find)
+    data         a folder in place of the hub, in the hub's columns (usmoe.data.local.find)
     include      a folder of task files of one's own; the functions that they name are run
     num_fewshot  solved examples before each question; None for what each task is made for
     seed         of those examples, and of whatever a task draws; it seeds random, numpy and torch

@@ -19,7 +19,8 @@ from lm_eval.api.task import Task
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 
-from usmoe.evaluate.local import LocalData, at, find, read
+from usmoe.data.local import LocalData, at, find
+from usmoe.data.rows import read
 
 Entry = Any
 """What lm-eval's index knows of a task, a group or a tag: its name, its kind, its file, and its settings."""
@@ -158,7 +159,7 @@ def find_language_tasks(
     """lm-eval's tasks of these names, each once, and those of the groups named (and of the groups in them) that have a
     score. A group or a tag stands for its tasks.
 
-    data     a data set's folder, or a folder of them, in place of the hub (usmoe.evaluate.local.find)
+    data     a data set's folder, or a folder of them, in place of the hub (usmoe.data.local.find)
     include  a folder with task files (YAML) of one's own; one of a name that lm-eval knows takes its place. The Python
              functions that such a file names are run
 

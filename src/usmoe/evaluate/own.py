@@ -22,8 +22,8 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from usmoe.data.local import at, manifest, sets
 from usmoe.evaluate.fill import fill
-from usmoe.evaluate.local import at, manifest, sets
 
 
 class _Clustering(AbsTaskClusteringLegacy):

@@ -10,8 +10,8 @@ import mteb
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.get_tasks import TASK_LIST
 
+from usmoe.data.local import find
 from usmoe.evaluate.fill import fill
-from usmoe.evaluate.local import find
 from usmoe.evaluate.own import own_task, own_tasks
 
 PAPER: dict[str, tuple[str, ...]] = {

@@ -164,7 +164,7 @@ def columns(study: Study, model: str, scale: Scale) -> tuple[Column, ...]:
 
 def local_tasks(names: Sequence[str], data: Path) -> tuple[dict[str, str], dict[str, str]]:
     """{task: how its local data are cut} where a folder has data for it, and {task: why not} for the others."""
-    from usmoe.evaluate.local import manifest, sets
+    from usmoe.data.local import manifest, sets
     from usmoe.evaluate.tasks import find_tasks
 
     sets(data)  # says where there is no such folder

@@ -1,24 +1,19 @@
-"""Data from a folder in place of the hub: which set is meant, which file is which split, and the rows of a file.
+"""Data from a folder in place of the hub: which set is meant, and which file is which split.
 
-`--data DIR` is one data set, or a folder of them, in the hub's columns. Nothing here knows who reads the rows.
+`--data DIR` is one data set, or a folder of them, in the hub's columns. Nothing here knows who reads the files.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset
 
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 """The files that are read as data."""
@@ -26,7 +21,6 @@ ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 _NO_DATA = {"manifest.json", "dataset_infos.json", "dataset_info.json", "state.json"}
 _KINDS = ("sts", "clustering", "pairclassification", "classification", "retrieval", "reranking", "summarization")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
-_UNTYPED = ("_id", "id", "query-id", "corpus-id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +75,7 @@ def find(data: Path, hub: str) -> LocalData:
     Raises ValueError where no folder, or more than one, stands for the set, with the list of what is there.
     """
     folders = sets(data)
-    for wanted, stands_for in product(dict.fromkeys((hub, hub.partition(":")[0])), (_says, _is_called)):
+    for wanted, stands_for in product(dict.fromkeys((hub, hub.partition(":")[0])), (says, _is_called)):
         matches = [folder for folder in folders if stands_for(folder, wanted)]
         if len(matches) > 1:
             raise ValueError(
@@ -132,37 +126,6 @@ def at(folder: Path, hub: str = "") -> LocalData:
     return LocalData(folder=folder, manifest=said, files=files)
 
 
-def read(path: Path) -> Dataset:
-    """The rows of a .parquet, .jsonl, .json, .csv or .tsv file, in memory; ids in csv and tsv are text.
-
-    Raises ValueError, naming the file, where it cannot be read: truncated, empty, of another format."""
-    try:
-        if path.suffix == ".parquet":
-            return Dataset(pq.read_table(path))  # pyright: ignore[reportArgumentType]
-        if path.suffix in (".csv", ".tsv"):
-            return _csv(path)
-        text = path.read_text(encoding="utf-8-sig")
-        whole = json.loads(text) if path.suffix == ".json" else _lines(text)
-        if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
-            return Dataset.from_dict(whole)
-        if not isinstance(whole, list) or not whole or not all(isinstance(row, dict) for row in whole):
-            raise ValueError("it holds no rows, which are JSON objects")
-        return Dataset.from_list(whole)
-    except (ValueError, TypeError, OSError, pa.ArrowException) as error:
-        reason = str(error).strip().rstrip(".").splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {reason[0]}. Put a whole copy there.") from error
-
-
-def require_columns(rows: Dataset, columns: Sequence[str], path: Path) -> None:
-    """Raises ValueError where a file's rows lack columns, naming the file, what is missing and what is there."""
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"{path} lacks {_listed(missing)}: it has {_listed(rows.column_names)}. Give it the columns that it has "
-            "on the hub."
-        )
-
-
 def manifest(folder: Path) -> Mapping[str, Any]:
     """What manifest.json of a folder says; empty where there is none. Raises ValueError where it is no JSON object."""
     path = folder / "manifest.json"
@@ -199,7 +162,8 @@ def _split(relative: Path) -> str:
     return parent + _SHARD.sub("", relative.stem)
 
 
-def _says(folder: Path, hub: str) -> bool:
+def says(folder: Path, hub: str) -> bool:
+    """Whether the "hub" of a folder's manifest.json holds the name."""
     said = manifest(folder).get("hub", "")
     names = " ".join(map(str, said)) if isinstance(said, list) else str(said)
     return hub.casefold() in re.split(r"[\s,;()=]+", names.casefold())
@@ -210,29 +174,3 @@ def _is_called(folder: Path, hub: str) -> bool:
     stem, _, kind = name.rpartition("-")
     called = folder.resolve().name.casefold()
     return called in ({name, stem} if kind in _KINDS else {name}) and "mteb" not in manifest(folder)
-
-
-def _lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def _csv(path: Path) -> Dataset:
-    """Columns of whole numbers and of numbers become such; ids and all else stay text."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        head, *rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-    if not rows or any(len(row) != len(head) for row in rows):
-        raise ValueError(f"it has no rows, or not {len(head)} fields in each")
-    columns = dict(zip(head, zip(*rows, strict=True), strict=True))
-    return Dataset.from_dict({name: _typed(name, column) for name, column in columns.items()})
-
-
-def _typed(name: str, column: Sequence[str]) -> Sequence[Any]:
-    if name not in _UNTYPED:
-        for kind, form in ((int, r"-?\d{1,18}"), (float, r"-?\d*\.?\d+(e[-+]?\d+)?")):
-            if all(re.fullmatch(form, value) for value in column):
-                return [kind(value) for value in column]
-    return column
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "nothing"

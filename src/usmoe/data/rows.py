@@ -1,0 +1,73 @@
+"""The rows of a file of data, in the columns that the hub has."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+_UNTYPED = ("_id", "id", "query-id", "corpus-id")
+
+
+def read(path: Path) -> Dataset:
+    """The rows of a .parquet, .jsonl, .json, .csv or .tsv file, in memory; ids in csv and tsv are text.
+
+    Raises ValueError, naming the file, where it cannot be read: truncated, empty, of another format."""
+    try:
+        if path.suffix == ".parquet":
+            return Dataset(pq.read_table(path))  # pyright: ignore[reportArgumentType]
+        if path.suffix in (".csv", ".tsv"):
+            return _csv(path)
+        text = path.read_text(encoding="utf-8-sig")
+        whole = json.loads(text) if path.suffix == ".json" else _lines(text)
+        if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
+            return Dataset.from_dict(whole)
+        if not isinstance(whole, list) or not whole or not all(isinstance(row, dict) for row in whole):
+            raise ValueError("it holds no rows, which are JSON objects")
+        return Dataset.from_list(whole)
+    except (ValueError, TypeError, OSError, pa.ArrowException) as error:
+        reason = str(error).strip().rstrip(".").splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {reason[0]}. Put a whole copy there.") from error
+
+
+def require_columns(rows: Dataset, columns: Sequence[str], path: Path) -> None:
+    """Raises ValueError where a file's rows lack columns, naming the file, what is missing and what is there."""
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {_listed(missing)}: it has {_listed(rows.column_names)}. Give it the columns that it has "
+            "on the hub."
+        )
+
+
+def _lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _csv(path: Path) -> Dataset:
+    """Columns of whole numbers and of numbers become such; ids and all else stay text."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        head, *rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    if not rows or any(len(row) != len(head) for row in rows):
+        raise ValueError(f"it has no rows, or not {len(head)} fields in each")
+    columns = dict(zip(head, zip(*rows, strict=True), strict=True))
+    return Dataset.from_dict({name: _typed(name, column) for name, column in columns.items()})
+
+
+def _typed(name: str, column: Sequence[str]) -> Sequence[Any]:
+    if name not in _UNTYPED:
+        for kind, form in ((int, r"-?\d{1,18}"), (float, r"-?\d*\.?\d+(e[-+]?\d+)?")):
+            if all(re.fullmatch(form, value) for value in column):
+                return [kind(value) for value in column]
+    return column
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "nothing"
