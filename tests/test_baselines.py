@@ -288,7 +288,9 @@ LOSSES = [(z_loss, z_by_loops), (distillation_loss, distillation_by_loops)]
 
 
 @pytest.mark.parametrize("valid", [None, VALID], ids=["whole", "padded"])
-@pytest.mark.parametrize("router", [TokenChoice(k=2), USMoE(k=1.5), ExpertChoice(k=1)], ids=str)
+@pytest.mark.parametrize(
+    "router", [TokenChoice(k=2), USMoE(k=1.5), USMoE(k=1.5, mask_padding=False), ExpertChoice(k=1)], ids=str
+)
 @pytest.mark.parametrize(("loss", "loops"), LOSSES, ids=["z", "distillation"])
 def test_losses_and_gradients_equal_the_loops(loss: Any, loops: Any, router: Any, valid: Tensor | None):
     said = outputs(router, valid)

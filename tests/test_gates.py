@@ -70,7 +70,7 @@ def test_debug_checks_what_route_checks():
         ({"num_experts": 0}, "num_experts=0"),
         ({"shared_experts": -1}, "shared_experts=-1"),
         ({"activation": "gelu"}, "no activation 'gelu'. Known: swiglu, relu"),
-        ({"gate": "lineal"}, "no gate 'lineal'. Known: linear, cosine, noisy, frozen, stable"),
+        ({"gate": "lineal"}, "no gate 'lineal'. Known: linear, cosine, noisy, frozen, stable, bias"),
         ({"gate": "stable"}, "'stable' routes by token ids and needs their number. Give vocabulary="),
         ({"gate": "stable", "vocabulary": 0}, "vocabulary=0 is impossible"),
         ({"noise": -0.1}, "noise=-0.1 is no standard deviation"),

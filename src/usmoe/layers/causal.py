@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,9 +10,8 @@ from torch import nn
 
 from usmoe.layers.cut import MovingCut
 from usmoe.layers.moe import MoE
-from usmoe.routing import BoundedChoice, ExpertChoice, USMoE
+from usmoe.layers.threshold_form import moving_threshold, refuse_no_threshold_form, threshold_form
 from usmoe.routing.router import Router
-from usmoe.routing.unified_score import UnifiedScore
 from usmoe.types import is_causal
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -63,28 +61,19 @@ def _served(layer: Tracked) -> Any:
     router = layer.router
     if is_causal(router):
         return router
-    if not isinstance(router, USMoE | ExpertChoice | BoundedChoice):
-        raise ValueError(
-            f"{layer.name or 'The layer'} routes by {router}, which usmoe cannot turn into a threshold. Give it a "
-            "causal router of your own."
-        )
+    refuse_no_threshold_form(router, layer.name or "The layer")
     if not layer.cut.seen:
         raise ValueError(
             f"{layer.name or 'The layer'} has tracked no cut of {router} yet. Run some batches in training mode first "
             "(model.train()), or find thresholds on text with usmoe.calibrate()."
         )
-    if layer.cut.router not in (None, router) or (layer.cut.total.ndim == 0) != isinstance(router, USMoE):
+    threshold = moving_threshold(layer.cut, router)
+    if threshold is None:
         raise ValueError(
             f"{layer.name or 'The layer'} routes by {router}, and the cuts that it has tracked are those of another "
             "router. Run some batches in training mode first, or put that router back."
         )
-    threshold = layer.cut.average.tolist()
-    threshold = tuple(threshold) if isinstance(threshold, list) else threshold
-    if isinstance(router, BoundedChoice):
-        score = {field.name: getattr(router, field.name) for field in dataclasses.fields(UnifiedScore)}
-        floor = 0 if router.per_token is None else int(router.per_token[0])
-        return USMoE(**score, pool="threshold", threshold=threshold, min_experts=floor)
-    return dataclasses.replace(router, pool="threshold", threshold=threshold)
+    return threshold_form(router, threshold)
 
 
 def _moe_layers(model: nn.Module) -> list[Tracked]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from usmoe.experts.compute import ACTIVATIONS, experts_by_pairs, refuse_no_size, up_width
 from usmoe.layers.cut import MovingCut
+from usmoe.layers.threshold_form import moving_threshold, threshold_form
 from usmoe.routing import OwnChoice, USMoE
 from usmoe.routing.gates import GateOutput, gate_of
 from usmoe.routing.route import check
@@ -47,6 +48,7 @@ class MoE(nn.Module):
         noise: float = 0.0,
         dropout: float = 0.0,
         vocabulary: int | None = None,
+        moving: bool = False,
         debug: bool = False,
     ) -> None:
         """
@@ -56,17 +58,26 @@ class MoE(nn.Module):
         router          any router; by default USMoE(k=2) (k=1 where there is one expert)
         activation      swiglu: silu(x W) * x V, then down; relu: relu(x W), then down
         bias            whether the projections of the experts have one
-        gate            linear | cosine | noisy | frozen | stable, or a module (B, L, D) -> (B, L, E) or GateOutput
+        gate            linear | cosine | noisy | frozen | stable | bias, or a module: (B, L, D) -> (B, L, E), or a
+                        GateOutput
         shared_experts  experts of width F that every token passes, beside the routed ones
         noise           standard deviation of Gaussian noise on the logits, in training mode alone
         dropout         share of an expert's hidden units that are dropped, in training mode alone
         vocabulary      number of token ids, for a gate that is given by name and reads them (stable)
+        moving          route by the threshold that the moving average of the router's cuts makes, from the second batch
+                        of training on and in evaluation mode: the layer is causal then, and its budget is met on
+                        average. The router, which must have a threshold form, goes on saying where the cut falls.
+                        With ExpertChoice(pool="batch") this is Expert Threshold (arXiv 2603.11535). It stalls a GPU,
+                        and does not go with activation checkpointing: the second pass would see the next average
         debug           check logits, valid and segments at every call, as route() does; this stalls a GPU
 
-        Raises ValueError for sizes below 1, unknown names, and a router that cannot work with so many experts.
+        Raises ValueError for sizes below 1, unknown names, and a router that cannot work with so many experts, with
+        this gate, or with `moving`.
         """
         super().__init__()
         refuse_no_size(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
+        if moving and router is not None and is_causal(router):
+            raise ValueError(f"{router} is causal as it is: moving=True has no meaning with it. Leave it out.")
         if shared_experts < 0:
             raise ValueError(f"shared_experts={shared_experts} is impossible. Give 0 or more.")
         if not 0 <= noise < math.inf:
@@ -77,12 +88,13 @@ class MoE(nn.Module):
         router = USMoE(k=min(2, num_experts)) if router is None else router
         self.num_experts = num_experts
         self.cut = MovingCut()
+        self.gate = gate_of(gate, d_model, num_experts, vocabulary)
+        self.moving = moving
         self.reroute(router)
         self.activation = activation
         self.noise = noise
         self.dropout = dropout
         self.debug = debug
-        self.gate = gate_of(gate, d_model, num_experts, vocabulary)
         self.up = nn.Parameter(torch.empty(num_experts, width, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
         self.up_bias = nn.Parameter(torch.zeros(num_experts, width)) if bias else None
@@ -135,13 +147,19 @@ class MoE(nn.Module):
         if not (self.noise and self.training):
             return gated
         noisy = gated.logits + self.noise * torch.randn_like(gated.logits)
-        return GateOutput(logits=noisy, weights=gated.weights, distilled=gated.distilled)
+        return dataclasses.replace(gated, logits=noisy)
 
     def _routed(self, gated: GateOutput, valid: Tensor | None, segments: Tensor | None, state: Any) -> Routing:
         """What the router says, weighed by the gate where it has weights; in training mode, what learns of it does."""
-        routing = call(self.router, gated.logits, valid, segments=segments, state=state)
+        given: dict[str, Any] = {"segments": segments, "host": gated.host}
+        router = self._moved() if self.moving else self.router
+        routing = call(router, gated.logits, valid, state=state, **given)
         if self.training and not is_causal(self.router):
-            self.cut.update(routing.cut, self.router)
+            tracked = routing
+            if router is not self.router:
+                with torch.no_grad():
+                    tracked = call(self.router, gated.logits, valid, **given)
+            self.cut.update(tracked.cut, self.router)
         if self.training and hasattr(self.gate, "observe"):
             self.gate.observe(routing)  # pyright: ignore[reportCallIssue]
         if gated.weights is None:
@@ -149,19 +167,42 @@ class MoE(nn.Module):
         weight = in_float32_at_least(gated.weights).reshape(-1).gather(0, routing.pair)
         return dataclasses.replace(routing, weight=weight)
 
+    def _moved(self) -> Any:
+        """The threshold router of the moving average; before there is one, in training mode, the router itself."""
+        if is_causal(self.router):  # usmoe.to_causal was here
+            return self.router
+        threshold = moving_threshold(self.cut, self.router)
+        if threshold is not None:
+            return threshold_form(self.router, threshold)
+        if not self.training:
+            raise ValueError(
+                f"The layer routes by the moving average of the cut of {self.router}, and has tracked none yet. "
+                "Run a batch in training mode first (model.train()), or load a checkpoint."
+            )
+        return self.router
+
     def _activated(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N F"]:
         """The activation, with the dropout of training."""
         return F.dropout(ACTIVATIONS[self.activation](hidden), self.dropout)
 
     def reroute(self, router: Any) -> None:
-        """Route by another router from now on. Raises ValueError for one that cannot work with so many experts."""
-        self.cut.prepare(_refuse_impossible(router, self.num_experts))
+        """Route by another router from now on. Raises ValueError for one that cannot work with so many experts, with
+        the gate, or with `moving`."""
+        cut = _refuse_impossible(router, self.num_experts)
+        if getattr(self.gate, "has_bias", False) and not getattr(router, "heeds_bias", False):
+            raise ValueError(
+                f"{router} would not heed the bias that the gate balances by. Choose a router that ranks by the score "
+                "of the gate: TokenChoice, USMoE or BoundedChoice without a score of its own, alpha below 1."
+            )
+        if self.moving and not is_causal(router):
+            threshold_form(router, 0.0 if isinstance(router, USMoE) else (0.0,) * self.num_experts)
+        self.cut.prepare(cut)
         self.router = router
 
     def extra_repr(self) -> str:
         experts, d_model, d_ff = self.down.shape
         shown = f"d_model={d_model}, d_ff={d_ff}, num_experts={experts}, activation={self.activation}"
-        for name in ("noise", "dropout"):
+        for name in ("noise", "dropout", "moving"):
             shown += f", {name}={getattr(self, name)}" if getattr(self, name) else ""
         return f"{shown}, router={self.router}"
 

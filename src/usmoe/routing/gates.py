@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from usmoe.routing.host import Host
 from usmoe.routing.scores import in_float32_at_least
+from usmoe.types import Routing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,6 +26,8 @@ class GateOutput:
     """Weights that replace the router's own at the pairs it chooses; None: the router weighs."""
     distilled: Float[Tensor, "*tokens E"] | None = None
     """Logits of a second router that learns the route of the first; None where nothing is distilled."""
+    host: Host | None = None
+    """The rule by which the router reads the logits where its own fields say nothing; None: that of `route()`."""
 
 
 class LinearGate(nn.Module):
@@ -162,12 +166,67 @@ class StableGate(nn.Module):
             self._enter(bool(stage))
 
 
+class BiasGate(nn.Module):
+    """A linear gate that balances the load without a loss (Wang et al. 2024, arXiv 2408.15664, algorithm 1;
+    DeepSeek-V3: arXiv 2412.19437, section 2.1.2).
+
+    Each expert has a bias on the score by which it competes, never on its weight. After each batch in training mode it
+    rises by `rate` where the expert had fewer tokens than the mean, and falls where it had more. No gradient flows.
+
+    The score is a sigmoid, as in the paper, or a softmax. The router must take its score from the gate (score=None,
+    token_score=None); a unified score heeds (1 - alpha) of the bias. In distributed training every process follows its
+    own batches, unless the wrapper broadcasts buffers. Not under activation checkpointing: the second pass would see
+    the next bias, and route otherwise.
+    """
+
+    has_bias = True
+    bias: Tensor
+    """Added to the scores that compete, one an expert (E,); in float32 at least."""
+
+    def __init__(
+        self, d_model: int, num_experts: int, *, rate: float = 1e-3, score: Literal["sigmoid", "softmax"] = "sigmoid"
+    ) -> None:
+        """
+        rate   u, by how much a bias moves a batch, in units of the score
+        score  of each logit by itself, or over the experts of a token
+        """
+        super().__init__()
+        if not 0 < rate < math.inf:
+            raise ValueError(f"rate={rate} would not balance. Give a number above 0; the paper's is 0.001.")
+        if score not in ("sigmoid", "softmax"):
+            raise ValueError(f"There is no score {score!r}. Known: sigmoid, softmax.")
+        self.rate = rate
+        self.score = score
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.register_buffer("bias", torch.zeros(num_experts))
+        nn.init.normal_(self.weight, std=d_model**-0.5)
+
+    def forward(self, x: Float[Tensor, "*tokens D"]) -> GateOutput:
+        """Logits of each token for each expert, and the biased rule."""
+        return GateOutput(logits=F.linear(x, self.weight), host=Host(score=self.score, bias=self.bias.clone()))
+
+    @torch.no_grad()
+    def observe(self, routing: Routing) -> None:
+        """Move each bias by `rate` towards an even load."""
+        load = routing.load.to(self.bias)
+        self.bias += self.rate * (load.mean() - load).sign()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BiasGate:
+        """Follow the module to a device, and to a wider dtype; steps of `rate` would vanish in a narrower one."""
+        kept = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype.itemsize < kept.dtype.itemsize:
+            self.bias = kept.to(self.bias.device)
+        return self
+
+
 GATES: dict[str, type[nn.Module]] = {
     "linear": LinearGate,
     "cosine": CosineGate,
     "noisy": NoisyGate,
     "frozen": FrozenGate,
     "stable": StableGate,
+    "bias": BiasGate,
 }
 """Gates by name: (d_model, num_experts) -> module, and a vocabulary where it reads token ids."""
 

@@ -38,6 +38,11 @@ class Router(abc.ABC):
     def promises(self) -> Promises:
         """What the router guarantees, whatever the logits."""
 
+    @property
+    def heeds_bias(self) -> bool:
+        """Whether the host's bias moves what competes: not where the router brings a score of its own."""
+        return False
+
     @abc.abstractmethod
     def __call__(
         self,

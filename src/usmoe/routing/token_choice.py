@@ -47,6 +47,10 @@ class TokenChoice(Router):
     def promises(self) -> Promises:
         return _PER_TOKEN
 
+    @property
+    def heeds_bias(self) -> bool:
+        return self.score is None and self.score_order == "score_then_topk"
+
     def __call__(
         self,
         logits: Float[Tensor, "B L E"],
@@ -104,6 +108,10 @@ class OwnChoice(Router):
     @property
     def promises(self) -> Promises:
         return _PER_TOKEN
+
+    @property
+    def heeds_bias(self) -> bool:
+        return True
 
     def __call__(
         self,

@@ -32,6 +32,11 @@ class UnifiedScore(Router):
     normalize: Normalize | None = None
     """Over what the weights of a token sum to 1: none | all | chosen."""
 
+    @property
+    def heeds_bias(self) -> bool:
+        """The bias is a part of the token's side of the score, (1 - alpha) of the whole."""
+        return self.token_score is None and self.alpha != 1
+
     def _check(self) -> None:
         super()._check()
         if self.alpha is not None and not (is_number(self.alpha) and 0 <= self.alpha <= 1):
