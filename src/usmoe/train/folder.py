@@ -1,0 +1,209 @@
+"""The folder of a run: what is in it, how it is written so that nothing is ever half there, and how a model comes back.
+
+config.json        the configuration, as it was resolved when the run began
+vocabulary.json    what the tokens mean (and tokenizer/ for BPE)
+log.jsonl          a line every few steps, and one an evaluation
+checkpoint.pt      everything that going on needs
+best.safetensors   the model with the best validation figure so far
+last.safetensors   the model after the last step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from usmoe.data.vocabulary import Vocabulary, load_vocabulary
+from usmoe.models.language import LanguageModel
+from usmoe.report.whole import whole, whole_json
+from usmoe.train.config import TrainConfig
+
+SCHEMA = 1
+LENGTHENING = ("evaluate_every", "checkpoint_every", "log_every", "evaluation")
+"""Fields that may change between stop and resume: they decide what is written, not what is learnt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model that a run has made."""
+
+    model: LanguageModel
+    vocabulary: Vocabulary
+    config: TrainConfig
+    step: int
+    """After how many optimizer steps."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def begun(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held by one process at a time. Raises ValueError where another one works here."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(
+                    f"Another process trains in {self.path}. Wait for it, or give another --run."
+                ) from error
+            yield
+
+    def begin(self, config: TrainConfig, vocabulary: Vocabulary) -> None:
+        vocabulary.save(self.path)
+        whole_json({"schema": SCHEMA, **config.to_dict()}, self.path / "config.json")
+
+    def config(self) -> TrainConfig:
+        """Raises ValueError where there is no run, or one of another schema."""
+        path = self.path / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{self.path} holds no run of usmoe train. Give the folder of one.")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("schema", None) != SCHEMA:
+            raise ValueError(f"{path} is of another version of usmoe, and this one reads schema {SCHEMA}.")
+        return TrainConfig.from_dict(data)
+
+    def refuse_change(self, config: TrainConfig) -> TrainConfig:
+        """The configuration to go on with. Raises ValueError, saying what changed, where another run was begun here.
+
+        What is only written more or less often may change; so may the steps of a schedule whose learning rate does not
+        depend on them so far."""
+        before = self.config()
+        may = {*LENGTHENING, *(("steps", "decay") if before.schedule != "cosine" else ())}
+        if before.grow_k is not None or before.freeze_at is not None:
+            may -= {"steps"}
+        changes = [one for one in differences(before.to_dict(), config.to_dict()) if one[0].split(".")[0] not in may]
+        if changes:
+            told = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in changes)
+            raise ValueError(
+                f"The run in {self.path} was begun with another configuration: {told}. Put that back, or begin a new "
+                "run in another folder."
+            )
+        if before.schedule == "plateau" and config != before and self.checkpoint.is_file():
+            step = self.read()["step"]
+            if step > min(before.steps - before.decay, config.steps - config.decay):
+                raise ValueError(
+                    f"The run in {self.path} is at step {step}, where its learning rate already falls. Its steps and "
+                    "decay cannot change any more."
+                )
+        return config
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint, whole or not at all. Raises OSError, naming the one that is kept, on a full disk."""
+        try:
+            with whole(self.checkpoint) as part:
+                torch.save(state, part)
+        except (OSError, RuntimeError) as error:
+            kept = "the last good one is kept" if self.checkpoint.is_file() else "there is none yet"
+            raise OSError(
+                f"The checkpoint of step {state['step']} could not be written to {self.path} ({_first(error)}); {kept}."
+                " Make room, and go on with --resume."
+            ) from error
+
+    def read(self, device: str | torch.device = "cpu") -> dict[str, Any]:
+        """The checkpoint. Raises ValueError, naming the file, where it cannot be read."""
+        try:
+            return torch.load(self.checkpoint, weights_only=True, map_location=device)
+        except Exception as error:  # torch raises pickle's, zip's and its own errors for a file that is cut short
+            raise ValueError(
+                f"{self.checkpoint} cannot be read ({_first(error)}). It is not whole: remove it, and train anew."
+            ) from error
+
+    def save_model(self, model: nn.Module, name: str, step: int) -> None:
+        """Write the weights as name.safetensors, whole or not at all."""
+        tensors = {key: value.detach().contiguous().cpu() for key, value in model.state_dict().items()}
+        with whole(self.path / f"{name}.safetensors") as part:
+            save_file(tensors, part, metadata={"step": str(step)})
+
+    def forget_after(self, step: int) -> None:
+        """Leave out of the log what lies after the checkpoint that a run goes on from."""
+        if not self.log.is_file():
+            return
+        kept = []
+        for line in self.log.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):  # a line that was cut short by the stop
+                continue
+        with whole(self.log) as part:
+            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The log."""
+        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
+
+
+def load_run(folder: Path, which: str = "best", *, device: str = "cpu", router: Any = None) -> Trained:
+    """The model of a run, in evaluation mode, with its vocabulary and configuration.
+
+    which   best: by the validation figure; last: after the last step
+    router  in place of the configuration's
+
+    Raises ValueError where the folder holds no run, or no such model yet.
+    """
+    run = RunFolder(Path(folder))
+    config, vocabulary = run.config(), load_vocabulary(run.path)
+    path = run.path / f"{which}.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{run.path} has no {path.name} yet. Let the run go on: --resume.")
+    if config.model.vocabulary != vocabulary.size:
+        raise ValueError(
+            f"{run.path}: the vocabulary has {vocabulary.size} tokens, and the model {config.model.vocabulary}. They "
+            "do not belong together."
+        )
+    model = LanguageModel(config.model, router)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({_first(error)}). It is not whole.") from error
+    if config.freeze_at is not None or config.sparsity:  # buffers of the training alone
+        tensors = {name: tensor for name, tensor in tensors.items() if name in model.state_dict()}
+    model.load_state_dict(tensors)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        step = int((file.metadata() or {}).get("step", 0))
+    return Trained(model=model.to(device).eval(), vocabulary=vocabulary, config=config, step=step)
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, old, new) of every value that differs, names of tables with dots."""
+    found: list[tuple[str, Any, Any]] = []
+    for name in dict.fromkeys((*one, *other)):
+        old, new = one.get(name), other.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append((f"{prefix}{name}", old, new))
+    return found
+
+
+def _first(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,362 @@
+"""`train`: the loop. A run that is stopped, by whatever, goes on to the same numbers bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+
+from usmoe.data.batches import Batch, Streams, Windows
+from usmoe.data.prepare import Prepared, prepare
+from usmoe.models.language import LanguageModel, LanguageOutput, Memory
+from usmoe.train.config import TrainConfig
+from usmoe.train.folder import RunFolder
+from usmoe.train.likelihood import teacher_forced
+from usmoe.train.log import Log, routed
+from usmoe.train.objective import Learner
+from usmoe.train.optimizers import learning_rate, optimisers_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """How a run ended, or where it stopped."""
+
+    folder: Path
+    step: int
+    steps: int
+    validation: float | None
+    """The best so far, nats a token."""
+    unit: str
+    """Of the figures: bits a character, or a byte; perplexity a word."""
+
+    @property
+    def whole(self) -> bool:
+        return self.step == self.steps
+
+
+def train(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    cache: Path,
+    data: Path | None = None,
+    offline: bool = False,
+    device: str = "cpu",
+    resume: bool = False,
+    seconds: float | None = None,
+    progress: bool = True,
+    tensorboard: bool = False,
+    router: Any = None,
+) -> Finished:
+    """Train a language model, or go on with it.
+
+    folder   of the run (`usmoe.train.folder`)
+    cache    where prepared corpora are kept, for other runs too
+    data     a folder of local corpora in place of the hub
+    resume   go on with the run in the folder; where there is none, begin
+    seconds  stop after so long, with a checkpoint
+    router   an object in place of the configuration's text: it must be the same one at each resume
+
+    Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt. Raises ValueError for bad
+    configurations, a run that is already there, one whose configuration changed, and a loss that is not finite;
+    OSError for a disk that is full. In every case the last checkpoint stays.
+    """
+    run = RunFolder(Path(folder))
+    if run.begun and not resume:
+        raise ValueError(f"{run.path} holds a run already. Give --resume to go on with it, or another --run.")
+    with run.locked(), torch.random.fork_rng(), _stoppable() as stop:
+        prepared = prepare(config.corpus, Path(cache), data=data, offline=offline)
+        config = resolved(config, prepared, device)
+        if run.begun:
+            config = run.refuse_change(config)
+        loop = _Loop(config, run, prepared, device, router)
+        if loop.main:
+            run.begin(config, prepared.vocabulary)
+        return loop.go(stop, seconds, progress=progress, tensorboard=tensorboard)
+
+
+def resolved(config: TrainConfig, prepared: Prepared, device: str) -> TrainConfig:
+    """The configuration with what depends on the data and the machine: the vocabulary's size, the precision.
+
+    Raises ValueError where the vocabulary contradicts the model's."""
+    size = prepared.vocabulary.size
+    if config.model.vocabulary not in (None, size):
+        raise ValueError(
+            f"The model knows {config.model.vocabulary} tokens, and the corpus has {size}. Leave the model's "
+            "vocabulary out, or take the corpus that it belongs to."
+        )
+    precision = config.precision
+    if precision == "auto":
+        pays = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if pays else "float32"
+    return dataclasses.replace(config, precision=precision, model=config.model.replace(vocabulary=size))
+
+
+class _Loop:
+    """The state of a run in this process, and its steps."""
+
+    def __init__(self, config: TrainConfig, run: RunFolder, prepared: Prepared, device: str, router: Any) -> None:
+        self.config, self.run, self.prepared = config, run, prepared
+        self.accelerator = _accelerator(config, device)
+        if config.batch % (config.accumulate * self.accelerator.num_processes):
+            raise ValueError(
+                f"batch={config.batch} does not divide into {config.accumulate} parts on each of "
+                f"{self.accelerator.num_processes} processes. Choose another number."
+            )
+        order = {"streams": Streams, "windows": Windows}[config.order]
+        seeded = {"seed": config.seed} if config.order == "windows" else {}
+        self.batches = order(prepared.train, config.batch, config.segment, **seeded)
+        torch.manual_seed(config.seed)
+        self.learner = Learner(LanguageModel(config.model, router).train(), config).to(self.accelerator.device)
+        if config.compile:
+            for layer in self.model.layers:
+                layer.compile()
+        self.optimisers = optimisers_of(self.learner, config)
+        self.wrapped = self.accelerator.prepare(self.learner)
+        torch.manual_seed(config.seed + self.accelerator.process_index)  # another dropout in each process
+        self.step, self.best, self.spent = 0, math.inf, 0.0
+        self.running = [0.0, 0]  # nats since the last line of the log, and how many steps
+        self.memories: list[Memory | None] = [None] * config.accumulate
+        self.frozen = False
+        if run.checkpoint.is_file():
+            self._restore(run.read())
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.learner.model
+
+    def go(self, stop: threading.Event, seconds: float | None, *, progress: bool, tensorboard: bool) -> Finished:
+        """Steps until the end, a signal, or the end of the time."""
+        if self.main:
+            self.run.forget_after(self.step)
+        log = Log(
+            self.run.log,
+            step=self.step,
+            steps=self.config.steps,
+            progress=progress and self.main,
+            tensorboard=tensorboard and self.main,
+        )
+        began, before, saved = time.monotonic(), self.spent, self.step
+        try:
+            while self.step < self.config.steps:
+                self.spent = before + time.monotonic() - began
+                if stop.is_set() or (seconds is not None and self.spent - before >= seconds):
+                    break
+                self._advance(log)
+                if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+                    self.spent = before + time.monotonic() - began
+                    self._save()
+                    saved = self.step
+            if saved != self.step:
+                self._save()
+        finally:
+            log.close()
+        if stop.is_set():
+            raise KeyboardInterrupt(
+                f"step {self.step} of {self.config.steps} is saved in {self.run.path}; --resume goes on."
+            )
+        return Finished(
+            folder=self.run.path,
+            step=self.step,
+            steps=self.config.steps,
+            validation=None if math.isinf(self.best) else self.best,
+            unit=self.prepared.unit,
+        )
+
+    def _advance(self, log: Log) -> None:
+        """One step, and what is written after it."""
+        config, started = self.config, time.monotonic()
+        self._stage()
+        batch = self.batches.at(self.step)
+        nats, norm, out = self._learn(batch)
+        self.step += 1
+        self.running[0] += nats
+        self.running[1] += 1
+        log.tick()
+        last = self.step == config.steps
+        if self.main and (self.step % config.log_every == 0 or last):
+            mean = self.running[0] / self.running[1]
+            row = {
+                "step": self.step,
+                "loss": mean,
+                **self.prepared.figures(mean),
+                "lr": learning_rate(self.step - 1, config),
+                "gradient": norm,
+                **routed(out.said),
+                "tokens_per_second": batch.inputs.numel() / (time.monotonic() - started),
+                "elapsed": self.spent,
+            }
+            self.running = [0.0, 0]
+            log.write(row)
+            log.show(row)
+        if self.step % config.evaluate_every == 0 or last:
+            self._evaluate(log)
+
+    def _learn(self, batch: Batch) -> tuple[float, float, LanguageOutput]:
+        """Gradients of a batch, one step of every optimiser. Nats a token, the gradient's norm, what the last part
+        said. Raises ValueError where either is not finite; the parameters are then as before."""
+        config, accelerator = self.config, self.accelerator
+        rate = learning_rate(self.step, config)
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        inputs, targets = (
+            part[mine].to(accelerator.device).chunk(config.accumulate) for part in (batch.inputs, batch.targets)
+        )
+        nats, out = torch.zeros((), device=accelerator.device), None
+        for number, (tokens, goal) in enumerate(zip(inputs, targets, strict=True)):
+            memory = None if batch.first else self.memories[number]
+            with self._synchronised(number == config.accumulate - 1), accelerator.autocast():
+                said = self.wrapped(tokens, goal, memory)
+                accelerator.backward(said.total / config.accumulate)
+            nats, out, self.memories[number] = nats + said.nats / config.accumulate, said.out, said.out.memory
+        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip or math.inf)
+        told = accelerator.reduce(nats, "mean").item()  # pyright: ignore[reportAttributeAccessIssue]
+        if not (math.isfinite(told) and math.isfinite(norm.item())):
+            raise ValueError(self._not_finite(told, norm.item()))
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=False)  # fresh memory for gradients costs as much as computing them
+        if self.learner.sparsity is not None:
+            self.learner.sparsity.update(out.said)  # pyright: ignore[reportOptionalMemberAccess]
+        return told, norm.item(), out  # pyright: ignore[reportReturnType]
+
+    def _not_finite(self, nats: float, norm: float) -> str:
+        what = f"The loss is {nats}" if not math.isfinite(nats) else f"The gradient's norm is {norm}"
+        kept = "there is no checkpoint yet"
+        if self.run.checkpoint.is_file():
+            kept = f"the last good checkpoint is {self.run.checkpoint}, of step {self.run.read()['step']}"
+        return (
+            f"{what} at step {self.step}, {self.batches.where(self.step)} of the corpus; {kept}. Give a smaller lr, a "
+            "clip, or precision=float32."
+        )
+
+    @contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Gradients meet those of other processes at the last part of a step alone."""
+        if last or self.accelerator.num_processes == 1:
+            yield
+            return
+        with self.accelerator.no_sync(self.wrapped):
+            yield
+
+    def _stage(self) -> None:
+        """What a step begins with where the method has stages."""
+        config = self.config
+        if config.grow_k is not None:
+            first, last = config.grow_k
+            k = min(first + (last - first + 1) * self.step // config.steps, last)
+            if self.model.moe_layers[0].router.k != k:
+                self.model.reroute([dataclasses.replace(layer.router, k=k) for layer in self.model.moe_layers])
+        if config.freeze_at is not None and not self.frozen and self.step >= config.freeze_at * config.steps:
+            for layer in self.model.moe_layers:
+                layer.gate.freeze()  # pyright: ignore[reportCallIssue]
+            self.learner.zero_grad(set_to_none=True)  # what has no gradient from now on, no optimiser moves
+            self.frozen = True
+
+    def _evaluate(self, log: Log) -> None:
+        """The validation figure; the best model is kept."""
+        if not self.main:
+            return
+        self.model.eval()
+        nats = teacher_forced(self.model, self.prepared.validation, self.config.evaluation).mean
+        self.model.train()
+        figures = {f"validation_{name}": value for name, value in self.prepared.figures(nats).items()}
+        row = {"step": self.step, "validation": nats, **figures}
+        log.write(row)
+        log.show(row)
+        if nats < self.best:
+            self.best = nats
+            self.run.save_model(self.model, "best", self.step)
+
+    def _save(self) -> None:
+        mine = {
+            "memory": [None if one is None else [layer.cpu() for layer in one.layers] for one in self.memories],
+            "random": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if self.accelerator.device.type == "cuda" else None,
+        }
+        each = gather_object([mine])
+        if not self.main:
+            return
+        self.run.save(
+            {
+                "step": self.step,
+                "learner": self.learner.state_dict(),
+                "optimisers": [one.state_dict() for one in self.optimisers],
+                "best": self.best,
+                "running": self.running,
+                "seconds": self.spent,
+                "processes": each,
+            }
+        )
+        if self.step == self.config.steps:
+            self.run.save_model(self.model, "last", self.step)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        each = state["processes"]
+        if len(each) != self.accelerator.num_processes:
+            raise ValueError(
+                f"The run in {self.run.path} was trained by {len(each)} processes, and there are "
+                f"{self.accelerator.num_processes} now. Start as many."
+            )
+        mine, device = each[self.accelerator.process_index], self.accelerator.device
+        self.learner.load_state_dict(state["learner"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.step, self.best, self.spent = state["step"], state["best"], state["seconds"]
+        self.running = list(state["running"])
+        empty = (None,) * self.config.model.layers
+        self.memories = [
+            None if one is None else Memory(layers=tuple(layer.to(device) for layer in one), routers=empty)
+            for one in mine["memory"]
+        ]
+        torch.set_rng_state(mine["random"].cpu())
+        if mine["cuda"] is not None:
+            torch.cuda.set_rng_state(mine["cuda"].cpu())
+
+
+def _accelerator(config: TrainConfig, device: str) -> Accelerator:
+    """An accelerator of this precision, whatever an earlier run of this process had."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=torch.device(device).type == "cpu",
+        mixed_precision="bf16" if config.precision == "bfloat16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.freeze_at is not None)],
+    )
+
+
+@contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """Set by Ctrl-C or SIGTERM, so that a step is finished and saved; a second Ctrl-C stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt("what came after the last checkpoint is lost.")
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
