@@ -13,14 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, UInt
+from jaxtyping import Bool, Int
 from torch import Tensor
+
+from usmoe.data.array import Tokens
 
 IGNORED = -100
 """A target that is not to be predicted; torch's cross-entropy ignores it by default."""
-
-Tokens = UInt[np.ndarray, "tokens"]
-"""A corpus in memory or memory-mapped."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
