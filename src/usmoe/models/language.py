@@ -189,7 +189,7 @@ def _moe(config: LanguageConfig, router: Any) -> MoE:
         shared_experts=config.shared_experts,
         dropout=config.dropout,
         noise=config.noise,
-        **({"moving": True} if config.moving else {}),
+        moving=config.moving,
     )
 
 

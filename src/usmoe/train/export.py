@@ -41,6 +41,7 @@ def as_olmoe(model: LanguageModel, *, context: int, k: int = 2) -> Any:
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     config = model.config
+    assert config.vocabulary is not None
     _refuse_another(config)
     routers = [layer.router for layer in model.moe_layers]
     given = getattr(routers[0], "k", None)

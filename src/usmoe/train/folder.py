@@ -1,7 +1,7 @@
 """The folder of a run: what is in it, how it is written so that nothing is ever half there, and how a model comes back.
 
 config.json        the configuration, as it was resolved when the run began
-vocabulary.json    what the tokens mean (and tokenizer/ for BPE)
+vocabulary.json    what the tokens mean
 log.jsonl          a line every few steps, and one an evaluation
 checkpoint.pt      everything that going on needs
 best.safetensors   the model with the best validation figure so far
@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from usmoe.data.vocabulary import Vocabulary, load_vocabulary
+from usmoe.data import vocabulary as vocabularies
+from usmoe.data.vocabulary import Vocabulary
 from usmoe.models.language import LanguageModel
 from usmoe.report.whole import whole, whole_json
 from usmoe.train.config import TrainConfig
@@ -55,6 +56,10 @@ class RunFolder:
         return self.path / "checkpoint.pt"
 
     @property
+    def vocabulary(self) -> Path:
+        return self.path / "vocabulary.json"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.jsonl"
 
@@ -76,7 +81,7 @@ class RunFolder:
             yield
 
     def begin(self, config: TrainConfig, vocabulary: Vocabulary) -> None:
-        vocabulary.save(self.path)
+        vocabularies.save(vocabulary, self.vocabulary)
         whole_json({"schema": SCHEMA, **config.to_dict()}, self.path / "config.json")
 
     def config(self) -> TrainConfig:
@@ -169,7 +174,7 @@ def load_run(folder: Path, which: str = "best", *, device: str = "cpu", router: 
     Raises ValueError where the folder holds no run, or no such model yet.
     """
     run = RunFolder(Path(folder))
-    config, vocabulary = run.config(), load_vocabulary(run.path)
+    config, vocabulary = run.config(), vocabularies.load(run.vocabulary)
     path = run.path / f"{which}.safetensors"
     if not path.is_file():
         raise ValueError(f"{run.path} has no {path.name} yet. Let the run go on: --resume.")

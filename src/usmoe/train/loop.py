@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 
 from usmoe.data.batches import Batch, Streams, Windows
 from usmoe.data.prepare import Prepared, prepare
+from usmoe.data.units import stated
 from usmoe.models.language import LanguageModel, LanguageOutput, Memory
 from usmoe.train.config import TrainConfig
 from usmoe.train.folder import RunFolder
@@ -195,7 +196,7 @@ class _Loop:
             row = {
                 "step": self.step,
                 "loss": mean,
-                **self.prepared.figures(mean),
+                **self._stated(mean, "train"),
                 "lr": learning_rate(self.step - 1, config),
                 "gradient": norm,
                 **routed(out.said),
@@ -243,7 +244,8 @@ class _Loop:
         if self.run.checkpoint.is_file():
             kept = f"the last good checkpoint is {self.run.checkpoint}, of step {self.run.read()['step']}"
         return (
-            f"{what} at step {self.step}, {self.batches.where(self.step)} of the corpus; {kept}. Give a smaller lr, a "
+            f"{what} at step {self.step}, batch {self.step % self.batches.steps_per_epoch} of "
+            f"epoch {self.step // self.batches.steps_per_epoch}; {kept}. Give a smaller lr, a "
             "clip, or precision=float32."
         )
 
@@ -277,13 +279,17 @@ class _Loop:
         self.model.eval()
         nats = teacher_forced(self.model, self.prepared.validation, self.config.evaluation).mean
         self.model.train()
-        figures = {f"validation_{name}": value for name, value in self.prepared.figures(nats).items()}
+        figures = {f"validation_{name}": value for name, value in self._stated(nats, "validation").items()}
         row = {"step": self.step, "validation": nats, **figures}
         log.write(row)
         log.show(row)
         if nats < self.best:
             self.best = nats
             self.run.save_model(self.model, "best", self.step)
+
+    def _stated(self, nats: float, split: str) -> dict[str, float]:
+        prepared = self.prepared
+        return stated(nats, prepared.unit, len(prepared.tokens[split]) / prepared.units[split])
 
     def _save(self) -> None:
         mine = {

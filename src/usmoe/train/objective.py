@@ -32,10 +32,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
-        k = getattr(model.moe_layers[0].router, "k", None) if config.sparsity else None
-        if config.sparsity and not isinstance(k, int | float):
-            raise ValueError("sparsity drives the routers to their k, and the router has none. Give it one: k=2.")
-        self.sparsity = SparsityController(k=k) if config.sparsity else None
+        self.sparsity = SparsityController.of(model.moe_layers[0].router) if config.sparsity else None
 
     def forward(
         self, tokens: Int[Tensor, "B L"], targets: Int[Tensor, "B L"], memory: Memory | None = None

@@ -1,0 +1,1 @@
+"""Training from scratch, evaluation of what was trained, and fine-tuning."""
