@@ -17,8 +17,7 @@ from typing import Any
 
 from usmoe.evaluate.run import Score
 from usmoe.reproduce.experiment import EXPERIMENTS
-from usmoe.reproduce.render import markdown
-from usmoe.reproduce.run import load
+from usmoe.reproduce.saved import load, markdown
 from usmoe.reproduce.view import as_markdown
 from usmoe.reproduce.views import embedding_views
 
@@ -44,7 +43,7 @@ def main() -> None:
     ]
     for experiment in EXPERIMENTS.values():
         path = experiment.path(ROOT / "results", "small")
-        if experiment.built and path.is_file():
+        if experiment.kind == "embeddings" and path.is_file():
             parts.append(markdown(load(path)))
     (ROOT / "docs/embedding-results.md").write_text("\n".join(parts), encoding="utf-8")
 

@@ -6,15 +6,15 @@ import statistics
 import pytest
 
 from usmoe.reproduce import paper_figures
-from usmoe.reproduce.compare import AVERAGE
-from usmoe.reproduce.embeddings import CHECKPOINTS, TASKS
+from usmoe.reproduce.embeddings.compare import AVERAGE
+from usmoe.reproduce.embeddings.study import CHECKPOINTS, TASKS
 from usmoe.reproduce.figures import recorded
 
 MODELS = [one.paper for one in CHECKPOINTS.values()]
 KINDS = {kind: sum(one == kind for one, _ in TASKS.values()) for kind, _ in TASKS.values()}
 
 
-def cell(table: str, model: str, setting: str, kind: str, column: str, dataset: str | None = None) -> float:
+def cell(table: str, model: str | None, setting: str, kind: str | None, column: str, dataset: str | None = None) -> float:
     (row,) = (
         row
         for row in paper_figures(table).rows

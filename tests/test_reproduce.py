@@ -12,11 +12,12 @@ import pytest
 
 from usmoe.evaluate.run import Score
 from usmoe.evaluate.tasks import PAPER
-from usmoe.reproduce import EXPERIMENTS, find, load, paper_figures, plan, run, save
-from usmoe.reproduce.compare import AVERAGE, SPREAD, Cell, Line, lines, mean
-from usmoe.reproduce.embeddings import CHECKPOINTS, STUDIES, TASKS, UNIFIED
-from usmoe.reproduce.plan import downloads, local_tasks
-from usmoe.reproduce.render import markdown, plot, view
+from usmoe.reproduce import EXPERIMENTS, Asked, find, kind_of, load, markdown, paper_figures, save
+from usmoe.reproduce.embeddings.compare import AVERAGE, SPREAD, Cell, Line, lines, mean
+from usmoe.reproduce.embeddings.plan import downloads, local_tasks, plan
+from usmoe.reproduce.embeddings.render import plot, view
+from usmoe.reproduce.embeddings.run import run
+from usmoe.reproduce.embeddings.study import CHECKPOINTS, STUDIES, TASKS, UNIFIED
 from usmoe.routing import parse_router
 
 
@@ -60,7 +61,7 @@ def small(name: str, tasks=("Emotion", "BIOSSES", "STS12"), **options):
 def test_every_table_and_figure_is_listed_in_order():
     names = [f"table{n}" for n in range(1, 17)] + [f"figure{n}" for n in range(1, 12)]
     assert list(EXPERIMENTS) == [*names, "figure12 --part a", "figure12 --part b"]
-    assert {name for name, one in EXPERIMENTS.items() if one.built} == set(STUDIES)
+    assert {name for name, one in EXPERIMENTS.items() if one.kind == "embeddings"} == set(STUDIES)
     assert all(one.waits_for for one in EXPERIMENTS.values() if not one.built)
 
 
@@ -73,8 +74,14 @@ def test_names_are_found_with_their_parts_or_with_the_nearest():
         find("table5", "a")
     with pytest.raises(ValueError, match=r"no experiment 'tabel5'\. Did you mean table5"):
         find("tabel5")
-    with pytest.raises(ValueError, match="table2 is not built yet: it comes with training from scratch"):
-        plan(find("table2"), "small")
+    with pytest.raises(ValueError, match="table3 is not built yet: it comes with training on images"):
+        kind_of(find("table3"))
+
+
+def test_what_means_nothing_to_an_experiment_is_refused_by_its_flag():
+    found = find("table5")
+    with pytest.raises(ValueError, match="--router means nothing to table5: MTEB with PromptEOL"):
+        kind_of(found).plan(found, Asked(routers=("usmoe",), tasks=("STS12",)))
 
 
 def test_tasks_are_those_that_evaluation_knows():
@@ -150,7 +157,7 @@ def test_a_result_is_saved_whole_and_comes_back(tmp_path):
     made = small("table8", seed=3, batch_size=8)
     seen: list[Score] = []
     result = run(made, tmp_path, evaluate=fake, done=seen.append)
-    assert len(seen) == made.scores == 6 * 2 * 3
+    assert len(seen) == made.parts == 6 * 2 * 3
     (model, tasks, settings, options) = fake.calls[0]
     assert (model, tasks) == (None, made.tasks)
     assert set(settings) == {column.setting for column in made.columns}

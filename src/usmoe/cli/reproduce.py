@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from tqdm import tqdm
@@ -15,11 +15,6 @@ from usmoe.cli.options import AsJson, Debug, Device, Offline, Seed
 from usmoe.cli.views import print_view
 from usmoe.reproduce.experiment import EXPERIMENTS, Scale, find
 
-if TYPE_CHECKING:
-    from usmoe.evaluate.run import Score
-    from usmoe.reproduce.plan import Plan
-    from usmoe.reproduce.run import Result
-
 
 def reproduce(
     name: Annotated[str | None, typer.Argument(help="table1 to table16, figure1 to figure12.")] = None,
@@ -27,12 +22,14 @@ def reproduce(
         bool, typer.Option("--list", help="A line for each: at which scales it has been run, or not built yet.")
     ] = False,
     scale: Annotated[
-        Scale, typer.Option(help="small: the shipped model on what lies in --data. paper: the paper's three models.")
+        Scale, typer.Option(help="small: what two cores can do, on what lies in --data. paper: the paper's own models.")
     ] = "small",
     part: Annotated[str | None, typer.Option(help="Of a figure that has parts: a or b.")] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="One model in place of the scale's own: a folder, a hub id, or shipped."),
+        typer.Option(
+            "--model", help="Of embeddings: one model in place of the scale's own: a folder, a hub id, shipped."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A folder of local data sets, in the hub's columns, in place of the hub.")
@@ -41,13 +38,28 @@ def reproduce(
         Path, typer.Option(help="The folder for results, and for what a run that was stopped had finished.")
     ] = Path("usmoe-results"),
     tasks: Annotated[
-        list[str] | None, typer.Option(help="A task by mteb's name or the paper's; may be given again.")
+        list[str] | None, typer.Option(help="Of embeddings: a task by mteb's name or the paper's; may be given again.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Texts in a batch; without it 32, or 128 at paper scale.", min=1)
+        int | None, typer.Option(help="Of embeddings: texts in a batch; without it 32, or 128 at paper scale.", min=1)
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a PNG: figure3, figure4, figure7, figure8.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the comparison as Markdown.")] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option("--row", help="Of training: a row by its method (usmoe, xmoe); may be given again."),
+    ] = None,
+    corpora: Annotated[
+        list[str] | None, typer.Option("--corpus", help="Of training: one of its texts; may be given again.")
+    ] = None,
+    routers: Annotated[
+        list[str] | None,
+        typer.Option("--router", help='Of training: a row of your own, "usmoe(k=2, alpha=0.3)" or module:name.'),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Of training: how many, counted from --seed.", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of training: optimizer steps in place of the scale's.", min=1)
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG, of a figure.")] = None,
+    markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write the comparison as Markdown.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Run again, and replace the result and the files that are there.")
     ] = False,
@@ -65,7 +77,8 @@ def reproduce(
     A run that was stopped goes on where it was, and tables share what they have in common. A result that is there for
     the same settings is shown, not run again.
 
-    Examples: usmoe reproduce --list; usmoe reproduce table5 --data DIR; usmoe reproduce table7 --scale paper
+    Examples: usmoe reproduce --list; usmoe reproduce table5 --data DIR; usmoe reproduce table7 --scale paper;
+    usmoe reproduce table14 --data DIR --corpus novels --row usmoe --router "usmoe(k=2, alpha=0.3)"
     """
     if listed:
         _list(results, as_json)
@@ -73,70 +86,56 @@ def reproduce(
     if name is None:
         raise typer.BadParameter("Give the name of a table or figure, such as table5; --list shows them all")
     experiment = find(name, part)
-    from usmoe.reproduce import render
-    from usmoe.reproduce.plan import downloads
-    from usmoe.reproduce.plan import plan as plan_of
-    from usmoe.reproduce.run import run, save
+    from usmoe.reproduce.kind import Asked, kind_of
+    from usmoe.reproduce.saved import kept, markdown, save
 
-    if plot is not None and experiment.built:
-        render.refuse_picture(experiment.name)
-    picture, page = (options.output_path(path, force) for path in (plot, markdown))
-    plan = plan_of(
-        experiment,
-        scale,
-        model=model,
+    kind = kind_of(experiment)
+    if plot is not None:
+        kind.refuse_picture(experiment)
+    picture, page = (options.output_path(path, force) for path in (plot, markdown_path))
+    asked = Asked(
+        scale=scale,
         data=data,
-        tasks=tasks or (),
-        batch_size=batch_size,
         seed=seed,
         device=device,
         dtype=dtype,
+        model=model,
+        tasks=tuple(tasks or ()),
+        batch_size=batch_size,
+        rows=tuple(rows or ()),
+        corpora=tuple(corpora or ()),
+        routers=tuple(routers or ()),
+        seeds=seeds,
+        steps=steps,
     )
+    plan = kind.plan(experiment, asked)
     path = experiment.path(results, scale)
-    result = None if force else _kept(path, plan)
-    if result is None:
-        if not offline and (said := downloads(plan)):
+    result = None if force else kept(path, plan)
+    if result is not None:
+        sys.stderr.write(f"Shown from {path}; --force runs it again.\n")
+    else:
+        if said := kind.announce(plan, offline):
             sys.stderr.write(f"{said}\n")
-        with tqdm(total=plan.scores, file=sys.stderr, disable=None, unit="score", desc=experiment.name) as bar:
-            result = run(plan, results, offline=offline, anew=force, done=lambda score: _tick(bar, score))
+        with tqdm(total=plan.parts, file=sys.stderr, disable=None, unit=kind.UNIT, desc=experiment.name) as bar:
+            result = kind.run(plan, results, offline=offline, anew=force, done=lambda word: _tick(bar, word))
         save(result, path)
     try:  # a pipe that was closed costs no file
         if as_json:
             options.write_json(result.to_dict())
         else:
-            print_view(render.view(result, deviations=False))
+            for view in kind.views(result, wide=False):
+                print_view(view)
             options.console().print(f"Saved: {path}", highlight=False, markup=False)
     finally:
         if picture is not None:
-            render.plot(result, picture)
+            kind.plot(result, picture)
         if page is not None:
-            page.write_text(render.markdown(result), encoding="utf-8")
+            page.write_text(markdown(result), encoding="utf-8")
 
 
-def _tick(bar: tqdm, score: Score) -> None:
-    bar.set_postfix_str(score.task, refresh=False)
+def _tick(bar: tqdm, word: str) -> None:
+    bar.set_postfix_str(word, refresh=False)
     bar.update()
-
-
-def _kept(path: Path, plan: Plan) -> Result | None:
-    """The result that is there, where it is of the same plan; the folder of the data may have moved.
-
-    Raises ValueError where it is of another.
-    """
-    from usmoe.reproduce.run import load
-
-    if not path.exists():
-        return None
-    result = load(path)
-    one, other = (dataclasses.replace(some, data=None) for some in (result.plan, plan))
-    if one != other:
-        fields = [field.name for field in dataclasses.fields(one)]
-        changed = ", ".join(name for name in fields if getattr(one, name) != getattr(other, name))
-        raise ValueError(
-            f"{path} holds a result of other settings ({changed}). Give --force to replace it, or another --results."
-        )
-    sys.stderr.write(f"Shown from {path}; --force runs it again.\n")
-    return result
 
 
 def _list(results: Path, as_json: bool) -> None:
@@ -144,7 +143,9 @@ def _list(results: Path, as_json: bool) -> None:
     folders = [folder for folder in (_own_results(), results) if folder is not None]
     run = {name: one.scales_run(folders) for name, one in EXPERIMENTS.items()}
     if as_json:
-        options.write_json([dataclasses.asdict(one) | {"run": run[name]} for name, one in EXPERIMENTS.items()])
+        options.write_json(
+            [dataclasses.asdict(one) | {"scales": one.scales, "run": run[name]} for name, one in EXPERIMENTS.items()]
+        )
         return
     for name, one in EXPERIMENTS.items():
         status = "not built yet" if not one.built else f"run: {', '.join(run[name])}" if run[name] else "not run yet"

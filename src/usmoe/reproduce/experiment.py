@@ -10,6 +10,7 @@ from typing import Literal
 
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = ("small", "paper")
+KindName = Literal["embeddings", "training"]
 
 _SCRATCH = "training from scratch"
 _VISION = "training on images"
@@ -27,21 +28,24 @@ class Experiment:
     title: str
     shows: str
     """What can be read from it, in a sentence."""
-    scales: tuple[Scale, ...] = ()
-    """At which it can be run; none where it is not built yet."""
+    kind: KindName | None = None
+    """What is run (usmoe.reproduce.kind); None where it is not built yet."""
     waits_for: str | None = None
     """What it comes with, where it is not built yet."""
 
     def __post_init__(self) -> None:
-        if bool(self.scales) == bool(self.waits_for):
-            raise ValueError(
-                f"{self.name} has scales={self.scales} and waits_for={self.waits_for!r}. Give one of them."
-            )
+        if bool(self.kind) == bool(self.waits_for):
+            raise ValueError(f"{self.name} has kind={self.kind} and waits_for={self.waits_for!r}. Give one of them.")
 
     @property
     def built(self) -> bool:
         """Whether it can be run."""
-        return bool(self.scales)
+        return self.kind is not None
+
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """At which it can be run; none where it is not built yet."""
+        return SCALES if self.built else ()
 
     @property
     def slug(self) -> str:
@@ -58,8 +62,8 @@ class Experiment:
         return tuple(scale for scale in self.scales if any(self.path(folder, scale).is_file() for folder in folders))
 
 
-def _built(name: str, title: str, shows: str) -> Experiment:
-    return Experiment(name=name, title=title, shows=shows, scales=SCALES)
+def _built(name: str, title: str, shows: str, kind: KindName = "embeddings") -> Experiment:
+    return Experiment(name=name, title=title, shows=shows, kind=kind)
 
 
 def _later(name: str, title: str, shows: str, waits_for: str) -> Experiment:
@@ -68,7 +72,7 @@ def _later(name: str, title: str, shows: str, waits_for: str) -> Experiment:
 
 _ALL = (
     _later("table1", "benefits by method", "what each rule promises: load, leak, dropping, collapse", _MAPS),
-    _later("table2", "pre-training, clean and corrupted text", "which rule learns best, also from noise", _SCRATCH),
+    _built("table2", "pre-training, clean and corrupted text", "which rule learns best, also from noise", "training"),
     _later("table3", "images: accuracy of two sizes", "which rule learns best from images", _VISION),
     _later("table4", "images under attack", "which rule withstands attacks", _VISION),
     _built("table5", "MTEB with PromptEOL, by task type", "which embedding is best, with a prompt"),
@@ -78,9 +82,9 @@ _ALL = (
     _built("table9", "MTEB by data set: DeepSeekMoE-16B", "Tables 5 and 6, data set by data set"),
     _built("table10", "a pool of a sequence or of a batch", "whether sequences should compete with one another"),
     _built("table11", "the share alpha of the expert score", "what the expert score adds"),
-    _later("table12", "pre-training of large models", "whether the order stays at 420M parameters", _SCRATCH),
+    _built("table12", "pre-training of large models", "whether the order stays at 420M parameters", "training"),
     _later("table13", "fine-tuning for classification", "what pre-training by each rule is worth", _SCRATCH),
-    _later("table14", "pre-training against five baselines", "Table 2 against more token-choice rules", _SCRATCH),
+    _built("table14", "pre-training against five baselines", "Table 2 against more token-choice rules", "training"),
     _later("table15", "settings of pre-training", "the presets of Tables 2, 12 and 14", _PRESETS),
     _later("table16", "settings of fine-tuning", "the presets of Table 13", _PRESETS),
     _later("figure1", "images: patches coloured by expert", "what each rule tells apart in an image", _VISION),
@@ -88,14 +92,14 @@ _ALL = (
     _built("figure3", "unified score, softmax and sigmoid on MTEB", "which score does best, with and without prompts"),
     _built("figure4", "MTEB without prompts: gain over token choice", "Table 6 as a picture"),
     _later("figure5", "supervised fine-tuning, clean and corrupted", "perplexity step by step", _TUNING),
-    _later("figure6", "expert choice by sigmoid and by softmax", "bits a character, and dropped tokens", _SCRATCH),
+    _built("figure6", "expert choice by sigmoid and by softmax", "bits a character, and dropped tokens", "training"),
     _built("figure7", "MTEB with PromptEOL: gain over token choice", "Table 5 as a picture"),
     _built("figure8", "spread over runs and over tasks", "how far figures vary from run to run, task to task"),
     _later("figure9", "router map: token choice", "which token goes to which expert, layer by layer", _MAPS),
     _later("figure10", "router map: expert choice", "which token goes to which expert, layer by layer", _MAPS),
     _later("figure11", "router map: USMoE", "which token goes to which expert, layer by layer", _MAPS),
     _later("figure12 --part a", "experts a sequence", "how many experts a sequence meets", _MAPS),
-    _later("figure12 --part b", "dropped tokens in pre-training", "how many tokens get no expert", _SCRATCH),
+    _built("figure12 --part b", "dropped tokens in pre-training", "how many tokens get no expert", "training"),
 )
 
 EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in _ALL}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from usmoe.reproduce.compare import AVERAGE, Cell, Line, details, mean, paper_name
-from usmoe.reproduce.embeddings import CHECKPOINTS, Prompt
-from usmoe.reproduce.render import figure, ranking
+from usmoe.reproduce.embeddings.compare import AVERAGE, Cell, Line, details, mean, paper_name
+from usmoe.reproduce.embeddings.render import figure, ranking
+from usmoe.reproduce.embeddings.study import CHECKPOINTS, Prompt
 from usmoe.reproduce.view import PAPER, View
 
 if TYPE_CHECKING:

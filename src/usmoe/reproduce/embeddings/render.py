@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from usmoe.reproduce.compare import AVERAGE, SPREAD, Cell, Line, lines, paper_name
-from usmoe.reproduce.embeddings import CHECKPOINTS, STANDARDIZED_BY, STUDIES, TASKS
+from usmoe.reproduce.embeddings.compare import AVERAGE, SPREAD, Cell, Line, lines, paper_name
+from usmoe.reproduce.embeddings.plan import SHIPPED, Plan
+from usmoe.reproduce.embeddings.run import Result
+from usmoe.reproduce.embeddings.study import CHECKPOINTS, STANDARDIZED_BY, STUDIES, TASKS
 from usmoe.reproduce.experiment import EXPERIMENTS
 from usmoe.reproduce.figures import paper_figures, recorded
-from usmoe.reproduce.plan import SHIPPED, Plan
-from usmoe.reproduce.run import Result
-from usmoe.reproduce.view import PAPER, View, as_markdown
+from usmoe.reproduce.view import PAPER, View
 
 SHORT = {task: task if task == "SummEval" else name for task, (_, name) in TASKS.items()}
 """Tasks in the paper's words, but for its second Medrxiv."""
@@ -122,12 +122,6 @@ def differs(plan: Plan) -> tuple[str, ...]:
     )
     said.append("Seeds: mteb's own, as it has them; the paper names none.")
     return tuple(said)
-
-
-def markdown(result: Result) -> str:
-    """The view as a section of Markdown, with the command that gives it."""
-    plan = result.plan
-    return as_markdown(view(result), f"usmoe reproduce {plan.experiment} --scale {plan.scale}")
 
 
 def refuse_picture(experiment: str) -> None:

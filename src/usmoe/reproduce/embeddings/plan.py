@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usmoe.reproduce.embeddings import CHECKPOINTS, STUDIES, TASKS, Checkpoint, Prompt, Study, setting_of
+from usmoe.reproduce.embeddings.study import CHECKPOINTS, STUDIES, TASKS, Checkpoint, Prompt, Study, setting_of
 from usmoe.reproduce.experiment import Experiment, Scale
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Plan:
     """The experts' weights: nf4 | fp4; None: as loaded."""
 
     @property
-    def scores(self) -> int:
+    def parts(self) -> int:
         """How many scores the run asks for: columns of one setting share theirs."""
         return len({(one.model, one.setting) for one in self.columns}) * len(self.tasks)
 
@@ -108,8 +108,6 @@ def plan(
     Raises ValueError for an experiment that is not built, a task that the table does not have, and at small scale
     where neither `data` nor `tasks` is given, or no data stand for any task.
     """
-    if not experiment.built:
-        raise ValueError(f"{experiment.name} is not built yet: it comes with {experiment.waits_for}.")
     study = STUDIES[experiment.name]
     released = scale == "paper"
     wanted = _tasks(tasks, study, experiment.name)

@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from usmoe.reproduce.embeddings import CHECKPOINTS, TASKS, Prompt, Study
+from usmoe.reproduce.embeddings.run import Result
+from usmoe.reproduce.embeddings.study import CHECKPOINTS, TASKS, Prompt, Study
 from usmoe.reproduce.figures import paper_figures
-from usmoe.reproduce.run import Result
 
 AVERAGE = "Average"
 SPREAD = "spread over tasks"

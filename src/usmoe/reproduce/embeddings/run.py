@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usmoe.report.whole import whole_json
-from usmoe.reproduce.plan import SHIPPED, Plan
+from usmoe.reproduce.embeddings.plan import SHIPPED, Plan
 
 if TYPE_CHECKING:
     from usmoe.evaluate.run import Score
@@ -66,7 +64,7 @@ def run(
 
     progress  a bar for the texts of each encoding
     anew      compute also what is kept
-    done      called with each score as it comes; there will be plan.scores of them
+    done      called with each score as it comes; there will be plan.parts of them
     evaluate  what scores one model; None: usmoe.evaluate.run.evaluate
     """
     if evaluate is None:
@@ -95,16 +93,3 @@ def run(
     order = {task: at for at, task in enumerate(plan.tasks)}
     scores = [sorted(found[column.model, column.setting], key=lambda one: order[one.task]) for column in plan.columns]
     return Result(plan=plan, scores=tuple(map(tuple, scores)))
-
-
-def load(path: Path) -> Result:
-    """A result that `save` wrote. Raises ValueError, naming the file, for what is none."""
-    try:
-        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} is no result of usmoe reproduce: {error}") from error
-
-
-def save(result: Result, path: Path) -> None:
-    """Write a result, whole or not at all."""
-    whole_json(result.to_dict(), path, allow_nan=False)
