@@ -82,9 +82,8 @@ class Streams:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Sequences of L tokens from anywhere in the corpus, in the order of a seeded permutation; each epoch has a new one
-    and begins at a new offset below L, so that no window begins at the same token twice. No step knows another:
-    `first` is always set.
+    """Sequences of L tokens, side by side in the corpus, in the order of a seeded permutation; each epoch has a new one
+    and a new offset below L at which the first begins. No step knows another: `first` is always set.
 
     Raises ValueError where the corpus is shorter than one step, B * L + 1 tokens, or than three windows.
     """

@@ -118,18 +118,18 @@ def prepare(
     digest = _digest(corpus, source, vocabulary, wanted)
     name = re.sub(r"[^\w.]+", "-", source.name).strip("-.") or "text"
     folder = cache / f"{name}-{digest}"
-    with _alone(folder) as part:
-        if not (folder / "manifest.json").is_file():
-            if source.hub and offline:
-                raise ValueError(
-                    f"{corpus.source} is not prepared in {cache}, and offline there is no download. Give a folder that "
-                    "holds it (--data DIR), or prepare it once with a connection."
-                )
-            if source.hub:
-                announce(corpus.name)
-            part.mkdir()
-            _write(part, corpus, source, vocabulary, wanted)
-            part.rename(folder)
+    if not folder.is_dir():
+        if source.hub and offline:
+            raise ValueError(
+                f"{corpus.source} is not prepared in {cache}, and offline there is no download. Give a folder that "
+                "holds it (--data DIR), or prepare it once with a connection."
+            )
+        with _alone(folder) as part:
+            if not folder.is_dir():  # another process may have made it meanwhile
+                if source.hub:
+                    announce(corpus.name)
+                _write(part, corpus, source, vocabulary, wanted)
+                part.rename(folder)
     return _read(folder, corpus, digest)
 
 
@@ -137,7 +137,7 @@ def _of_vocabulary(corpus: Corpus, vocabulary: Vocabulary | None) -> Corpus:
     """The corpus at the level of the vocabulary."""
     if vocabulary is None:
         return corpus
-    if corpus.level not in (None, vocabulary.level) or corpus.vocabulary_size not in (None, vocabulary.size):
+    if corpus.level not in (None, vocabulary.level) or (corpus.vocabulary_size or vocabulary.size) < vocabulary.size:
         raise ValueError(
             f"The corpus asks for level={corpus.reads} and vocabulary_size={corpus.vocabulary_size}, and the given "
             f"vocabulary has level={vocabulary.level} and {vocabulary.size} tokens. Leave both out of the corpus."
@@ -176,6 +176,7 @@ def _alone(folder: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
             yield part
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -224,7 +225,7 @@ def _pieces(
     word = _written(vocabulary) if corpus.corrupt_mode is not None else WORD
     pieces = _corrupted(between_words(decoded(text)), split, corpus, word, count)
     if vocabulary.level == "bpe":
-        pieces = of_length(pieces, PIECE)
+        pieces = of_length(pieces, 8 * PIECE)  # as many are encoded side by side
     last = ""
     for last in pieces:
         yield last

@@ -96,7 +96,7 @@ def find_source(corpus: Corpus, data: Path | None = None) -> Source:
     for place in ([] if data is None else [data / corpus.source]) + [Path(corpus.source)]:
         if place.exists():
             return _local(place, corpus)
-    known = [*NAMED, *(sorted(_folders(data)) if data is not None else ())]
+    known = list(dict.fromkeys([*NAMED, *(sorted(_folders(data)) if data is not None else ())]))
     near = difflib.get_close_matches(corpus.source, known, 2) or known
     raise ValueError(
         f"There is no file, folder or corpus {corpus.source!r}. Did you mean {' or '.join(near)}? Give one of these or "

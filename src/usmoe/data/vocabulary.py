@@ -104,8 +104,8 @@ class Words:
     """Words between white space: <eos> for a line end, <unk> for all that are not known, then words by frequency."""
 
     words: tuple[str, ...]
-    """<eos>, <unk>, then the most frequent first, as an adaptive softmax wants it; at the end AAA, if the text has none.
-    """
+    """<eos>, <unk>, then the most frequent first, as an adaptive softmax wants it. AAA is always one of them, the last
+    where the training text has none: a corruption is no unknown word, in training or after."""
     level: ClassVar[Level] = "word"
 
     def __post_init__(self) -> None:
