@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,7 @@ class RunFolder:
         may = {*LENGTHENING, *(("steps", "decay") if before.schedule != "cosine" else ())}
         if before.grow_k is not None or before.freeze_at is not None:
             may -= {"steps"}
-        changes = [one for one in differences(before.to_dict(), config.to_dict()) if one[0].split(".")[0] not in may]
-        if changes:
-            told = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in changes)
-            raise ValueError(
-                f"The run in {self.path} was begun with another configuration: {told}. Put that back, or begin a new "
-                "run in another folder."
-            )
+        self.refuse_differences(before.to_dict(), config.to_dict(), may)
         if before.schedule == "plateau" and config != before and self.checkpoint.is_file():
             step = self.read()["step"]
             if step > min(before.steps - before.decay, config.steps - config.decay):
@@ -118,6 +112,16 @@ class RunFolder:
                     "decay cannot change any more."
                 )
         return config
+
+    def refuse_differences(self, before: dict[str, Any], now: dict[str, Any], may: Collection[str]) -> None:
+        """Raises ValueError, saying what changed, where two configurations differ in more than the fields that may."""
+        changes = [one for one in differences(before, now) if one[0].split(".")[0] not in may]
+        if changes:
+            told = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in changes)
+            raise ValueError(
+                f"The run in {self.path} was begun with another configuration: {told}. Put that back, or begin a new "
+                "run in another folder."
+            )
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint, whole or not at all. Raises OSError, naming the one that is kept, on a full disk."""

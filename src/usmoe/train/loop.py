@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -22,12 +21,13 @@ from usmoe.data.batches import Batch, Streams, Windows
 from usmoe.data.prepare import Prepared, prepare
 from usmoe.data.units import stated
 from usmoe.models.language import LanguageModel, LanguageOutput, Memory
-from usmoe.train.config import TrainConfig
+from usmoe.train.config import Precision, TrainConfig
 from usmoe.train.folder import RunFolder
 from usmoe.train.likelihood import teacher_forced
 from usmoe.train.log import Log, routed
 from usmoe.train.objective import Learner
 from usmoe.train.optimizers import learning_rate, optimisers_of
+from usmoe.train.stop import random_states, restore_random_states, stoppable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def train(
     run = RunFolder(Path(folder))
     if run.begun and not resume:
         raise ValueError(f"{run.path} holds a run already. Give --resume to go on with it, or another --run.")
-    with run.locked(), torch.random.fork_rng(), _stoppable() as stop:
+    with run.locked(), torch.random.fork_rng(), stoppable() as stop:
         prepared = prepare(config.corpus, Path(cache), data=data, offline=offline)
         config = resolved(config, prepared, device)
         if run.begun:
@@ -98,11 +98,16 @@ def resolved(config: TrainConfig, prepared: Prepared, device: str) -> TrainConfi
             f"The model knows {config.model.vocabulary} tokens, and the corpus has {size}. Leave the model's "
             "vocabulary out, or take the corpus that it belongs to."
         )
-    precision = config.precision
-    if precision == "auto":
-        pays = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bfloat16" if pays else "float32"
-    return dataclasses.replace(config, precision=precision, model=config.model.replace(vocabulary=size))
+    model = config.model.replace(vocabulary=size)
+    return dataclasses.replace(config, precision=precision_of(config.precision, device), model=model)
+
+
+def precision_of(asked: Precision, device: str) -> Literal["float32", "bfloat16"]:
+    """What "auto" stands for on a device: bfloat16 where it pays, which is a GPU that has it."""
+    if asked != "auto":
+        return asked
+    pays = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if pays else "float32"
 
 
 class _Loop:
@@ -294,8 +299,7 @@ class _Loop:
     def _save(self) -> None:
         mine = {
             "memory": [None if one is None else [layer.cpu() for layer in one.layers] for one in self.memories],
-            "random": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if self.accelerator.device.type == "cuda" else None,
+            **random_states(self.accelerator.device),
         }
         each = gather_object([mine])
         if not self.main:
@@ -332,9 +336,7 @@ class _Loop:
             None if one is None else Memory(layers=tuple(layer.to(device) for layer in one), routers=empty)
             for one in mine["memory"]
         ]
-        torch.set_rng_state(mine["random"].cpu())
-        if mine["cuda"] is not None:
-            torch.cuda.set_rng_state(mine["cuda"].cpu())
+        restore_random_states(mine, device)
 
 
 def _accelerator(config: TrainConfig, device: str) -> Accelerator:
@@ -345,24 +347,3 @@ def _accelerator(config: TrainConfig, device: str) -> Accelerator:
         mixed_precision="bf16" if config.precision == "bfloat16" else "no",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.freeze_at is not None)],
     )
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """Set by Ctrl-C or SIGTERM, so that a step is finished and saved; a second Ctrl-C stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt("what came after the last checkpoint is lost.")
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
