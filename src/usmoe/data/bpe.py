@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -27,13 +27,14 @@ SAMPLE = 200_000
 class Pieces:
     """A tokenizer of byte-level BPE."""
 
-    tokenizer: str
+    tokenizer: str = field(repr=False)
     """The JSON of `tokenizers`."""
     level: ClassVar[Level] = "bpe"
 
     @classmethod
     def learn(cls, pieces: Iterable[str], size: int) -> Pieces:
-        """Merges learned from the first 200,000 of every million characters, until there are `size` tokens."""
+        """Merges learned from the first 200,000 of every million characters, until there are `size` tokens, or no two
+        tokens left to merge."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())

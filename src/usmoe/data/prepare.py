@@ -13,7 +13,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +25,9 @@ from usmoe.data.corrupt import WORD, corrupt
 from usmoe.data.hub import announce
 from usmoe.data.sources import Source, find_source
 from usmoe.data.text import Text, between_words, decoded, of_length
+from usmoe.data.units import Unit
 from usmoe.data.vocabulary import Bytes, Characters, Vocabulary
 from usmoe.report.whole import whole_json
-
-Unit = Literal["character", "byte", "word"]
 
 _FORM = 1
 """Raised when the same corpus would make other arrays than before: what was prepared is then prepared anew."""
@@ -259,7 +258,7 @@ def _read(folder: Path, corpus: Corpus, digest: str) -> Prepared:
         counts: Mapping[str, Mapping[str, int]] = said["splits"]
         tokens = {split: reading(folder / f"{split}.npy", counts[split]["tokens"]) for split in counts}
         vocabulary = vocabularies.load(folder / "vocabulary.json")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise ValueError(f"{folder} is damaged: {error}. Delete it, and it is prepared anew.") from error
     return Prepared(
         corpus=corpus,

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -103,7 +103,7 @@ class Characters:
 class Words:
     """Words between white space: <eos> for a line end, <unk> for all that are not known, then words by frequency."""
 
-    words: tuple[str, ...]
+    words: tuple[str, ...] = field(repr=False)
     """<eos>, <unk>, then the most frequent first, as an adaptive softmax wants it. AAA is always one of them, the last
     where the training text has none: a corruption is no unknown word, in training or after."""
     level: ClassVar[Level] = "word"
