@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+class Stopped(Exception):  # noqa: N818
+    """A long reading was left because a stop was asked for; nothing is lost by it."""
+
+
 @contextmanager
 def stoppable() -> Iterator[threading.Event]:
     """Set by Ctrl-C or SIGTERM, so that a step is finished and saved; a second Ctrl-C stops at once."""

@@ -1,0 +1,130 @@
+"""From the checkpoint of a language model to a classifier, and a classifier read back from its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from usmoe.data import vocabulary as vocabularies
+from usmoe.data.vocabulary import Vocabulary
+from usmoe.models.language import LanguageModel
+from usmoe.routing.text import parse_router
+from usmoe.train.classifier import Classifier
+from usmoe.train.classify import classify
+from usmoe.train.finetune_config import FinetuneConfig
+from usmoe.train.folder import RunFolder, Trained, load_run
+from usmoe.train.loop import precision_of
+from usmoe.train.texts import Texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuned:
+    """A classifier that a run has made."""
+
+    model: Classifier
+    vocabulary: Vocabulary
+    classes: tuple[str, ...]
+    config: FinetuneConfig
+
+    def probabilities(self, texts: Sequence[str]) -> Float[Tensor, "N C"]:
+        """Of each class, for each text; on the CPU."""
+        return classify(self.model, Texts(self.vocabulary, texts, self.config.length), self.config).logits.softmax(-1)
+
+
+def start_of(folder: Path, which: str) -> tuple[Trained, dict[str, Any]]:
+    """The checkpoint of `usmoe train`, and what says which it is: the folder's name, the model, its step, digests.
+
+    Raises ValueError where it is none, or of another vocabulary."""
+    if is_finetuned(folder):
+        raise ValueError(f"{folder} is a run of usmoe finetune. Give the folder of one of usmoe train.")
+    trained = load_run(folder, which)
+    with (folder / f"{which}.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    said = {"run": folder.resolve().name, "model": which, "step": trained.step, "weights": weights}
+    return trained, said | {"vocabulary": vocabularies.digest(trained.vocabulary)}
+
+
+def resolved(config: FinetuneConfig, start: Trained, device: str) -> FinetuneConfig:
+    """The configuration with what the checkpoint and the machine decide: model, router, balance loss, precision.
+
+    Raises ValueError for what contradicts the checkpoint."""
+    if config.model is not None and not config.from_scratch:
+        raise ValueError("A model of another configuration cannot have the checkpoint's parameters. Add from_scratch.")
+    model, size = config.model or start.config.model, start.vocabulary.size
+    if model.vocabulary not in (None, size):
+        raise ValueError(
+            f"The model knows {model.vocabulary} tokens, and the checkpoint's vocabulary has {size}. Leave the model's "
+            "vocabulary out."
+        )
+    if not model.num_experts and (config.router is not None or config.balance):
+        raise ValueError("A dense model has no experts to route to or to balance. Leave router and balance out.")
+    router, balance = config.router or model.router, config.balance
+    if config.router is None and config.model is None and start.config.grow_k is not None:
+        router = str(dataclasses.replace(parse_router(router), k=start.config.grow_k[1]))  # pyright: ignore
+    if balance is None:
+        balance = start.config.balance if model.num_experts else 0.0
+    return config.replace(
+        model=model.replace(vocabulary=size, router=router),
+        balance=balance,
+        precision=precision_of(config.precision, device),
+    )
+
+
+def classifier_of(config: FinetuneConfig, start: Trained, classes: int) -> Classifier:
+    """The classifier that a run begins with: the checkpoint's body or a fresh one, and a fresh head.
+
+    Of StableMoE the body is in its second stage, whichever the checkpoint was in."""
+    assert config.model is not None
+    if config.from_scratch:
+        return Classifier(LanguageModel(config.model), classes, config.dropout)
+    body = start.model
+    if config.model.router != start.config.model.router:
+        for layer in body.moe_layers:
+            layer.cut.router = layer.router  # whose average it is: another router begins its own
+        body.reroute(parse_router(config.model.router))
+    for layer in body.moe_layers:
+        if hasattr(layer.gate, "freeze"):
+            layer.gate.freeze()  # pyright: ignore[reportCallIssue]
+    return Classifier(body, classes, config.dropout)
+
+
+def is_finetuned(folder: Path) -> bool:
+    """Whether a folder holds a run of `usmoe finetune`."""
+    path = folder / "config.json"
+    return path.is_file() and "start" in json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_weights(model: nn.Module, path: Path) -> None:
+    """Raises ValueError, naming the file, where it is not whole or of another model."""
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} cannot be read ({reason}). It is not whole, or of another model.") from error
+
+
+def load_classifier(folder: Path, *, device: str = "cpu") -> FineTuned:
+    """The best classifier of a run, in evaluation mode, with its vocabulary and the names of its classes.
+
+    Raises ValueError where the folder holds none."""
+    run = RunFolder(Path(folder))
+    path = run.path / "best.safetensors"
+    if not is_finetuned(run.path) or not path.is_file():
+        raise ValueError(f"{run.path} holds no classifier of usmoe finetune. Give its folder, or --resume its run.")
+    said = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
+    config, classes = FinetuneConfig.from_dict(said["config"]), tuple(said["task"]["classes"])
+    assert config.model is not None
+    model = Classifier(LanguageModel(config.model), len(classes), config.dropout)
+    read_weights(model, path)
+    vocabulary = vocabularies.load(run.vocabulary)
+    return FineTuned(model=model.to(device).eval(), vocabulary=vocabulary, classes=classes, config=config)
