@@ -9,34 +9,14 @@ forward a position, so it is taken on a seeded sample of positions, with a confi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True, kw_only=True)
-class Honest:
-    """The mean honest negative log-likelihood, from a sample of positions.
-
-    The sample estimates the mean difference to the teacher-forced figure, which is known at every position; so the
-    interval is that of the difference (a difference estimator, Cochran 1977, section 7.2), not of the text.
-    """
-
-    nats: float
-    """Per token."""
-    interval: float
-    """Half-width of the 95 % confidence interval, nats per token."""
-    positions: int
-    """Sampled."""
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.nats)
+from usmoe.report.estimate import Honest, corrected, drawn
 
 
 @torch.no_grad()
@@ -59,24 +39,13 @@ def honest(
 
     forced is what `teacher_forced` gave for these tokens under the same router; tick is called after each position.
     """
-    total = forced.numel()
-    positions = min(positions, total)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(total, generator=generator)[:positions]
-    gaps = []
-    for place in drawn.tolist():
+    places = drawn(forced.numel(), positions, seed)
+    alone = []
+    for place in places.tolist():
         row, last = divmod(place, forced.shape[1])
-        alone = _nats(model, tokens[row : row + 1, : last + 2], only_last=True)
-        gaps.append(alone.item() - forced[row, last].item())
+        alone.append(_nats(model, tokens[row : row + 1, : last + 2], only_last=True).item())
         tick()
-    gap = torch.tensor(gaps, dtype=torch.float64)
-    spread = gap.std().item() if positions > 1 else math.nan
-    finite = math.sqrt(1 - positions / total)
-    return Honest(
-        nats=forced.double().mean().item() + gap.mean().item(),
-        interval=1.96 * spread / math.sqrt(positions) * finite,
-        positions=positions,
-    )
+    return corrected(forced.flatten(), places, torch.tensor(alone))
 
 
 def _nats(model: PreTrainedModel, tokens: Int[Tensor, "B L"], only_last: bool = False) -> Float[Tensor, "B L-1"]:

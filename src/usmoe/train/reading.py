@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from usmoe.data.batches import Batch, Tokens, evaluation
+from usmoe.layers import MoE
+from usmoe.layers.threshold_form import moving_threshold, threshold_form
 from usmoe.models.language import LanguageModel, LanguageOutput, Memory
 from usmoe.train.config import Evaluation
+from usmoe.types import is_causal
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +60,7 @@ def read(
     stream: int | None = None,
     progress: bool = False,
 ) -> Iterator[Segment]:
-    """Every segment of a part, in order, in evaluation mode; each module is then as it was.
+    """Every segment of a part, in order. The model is to be in evaluation mode (`evaluating`).
 
     window    tokens over which routers that remember (prefix, a bucket) go on from segment to segment, in whole
               segments; then, as at the beginning, their memory is empty. 0: it is so at each segment
@@ -71,17 +73,16 @@ def read(
     streams = range(min(setting.batch, len(tokens) - 1)) if stream is None else range(stream, stream + 1)
     steps = -(-_longest(len(tokens), setting) // setting.segment)
     shown = tqdm(batches(tokens, setting), total=steps, unit="segment", leave=False, disable=None if progress else True)
-    with evaluating(model), contextlib.closing(shown):
-        for number, whole in enumerate(shown):
-            batch = _rows(whole, streams, device)
-            if batch is None:
-                break
-            width = batch.inputs.shape[1]
-            if memory is not None and since + width > window:
-                memory, since = dataclasses.replace(memory, routers=(None,) * len(memory.routers)), 0
-            out = forward(model, batch, memory, setting, window)
-            yield Segment(start=number * setting.segment, streams=streams, batch=batch, memory=memory, out=out)
-            memory, since = out.memory, since + width
+    for number, whole in enumerate(shown):
+        batch = _rows(whole, streams, device)
+        if batch is None:
+            break
+        width = batch.inputs.shape[1]
+        if memory is not None and since + width > window:
+            memory, since = dataclasses.replace(memory, routers=(None,) * len(memory.routers)), 0
+        out = forward(model, batch, memory, setting, window)
+        yield Segment(start=number * setting.segment, streams=streams, batch=batch, memory=memory, out=out)
+        memory, since = out.memory, since + width
 
 
 def forward(
@@ -113,27 +114,45 @@ def _rows(batch: Batch, streams: range, device: torch.device) -> Batch | None:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode; then each as it was."""
+def evaluating(model: LanguageModel, routers: Any = None) -> Iterator[None]:
+    """Every module in evaluation mode, and where routers are given under these (one, or one a layer); then each as it
+    was.
+
+    Raises ValueError, and changes nothing, where the number differs or a router cannot work here."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    with rerouted(model, routers):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 @contextlib.contextmanager
 def rerouted(model: LanguageModel, routers: Any) -> Iterator[None]:
-    """Under another router, or one a layer; then each layer has its own again. None: under its own.
+    """Under another router, or one a layer; then each layer has its own again, with all that it tracked. None: under
+    its own.
 
     Raises ValueError, and changes nothing, where the number differs or a router cannot work here."""
-    before = [(layer, layer.router, layer.cut) for layer in model.moe_layers]
+    before = [(layer, layer.router, layer.cut.total, layer.cut.weight) for layer in model.moe_layers]
     try:
         if routers is not None:
             model.reroute(routers)
         yield
     finally:
-        for layer, router, cut in before:
-            layer.router, layer.cut = router, cut
+        for layer, router, total, weight in before:
+            layer.router, layer.cut.total, layer.cut.weight = router, total, weight
+
+
+def deciding(model: LanguageModel) -> list[Any]:
+    """The router of each MoE layer that decides in evaluation mode: of a layer that routes by the moving average of its
+    cut, the threshold that this makes."""
+    return [_deciding(layer) for layer in model.moe_layers]
+
+
+def _deciding(layer: MoE) -> Any:
+    if not layer.moving or is_causal(layer.router):
+        return layer.router
+    threshold = moving_threshold(layer.cut, layer.router)
+    return layer.router if threshold is None else threshold_form(layer.router, threshold)
