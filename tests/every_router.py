@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from usmoe import BoundedChoice, ExpertChoice, OwnChoice, Routing, TokenChoice, USMoE, route
+from usmoe import BoundedChoice, ExpertChoice, OwnChoice, ReLUChoice, Routing, TokenChoice, USMoE, route
 from usmoe.routing import Host
 from usmoe.types import Promises
 
@@ -86,6 +86,9 @@ USMOES: list[Any] = [
     USMoE(k=1, alpha=0.0),
     USMoE(k=0.5, alpha=1.0, expert_score="sigmoid"),
     USMoE(k=1.3, alpha=0.3, token_score="sigmoid"),
+    *(USMoE(k=1.5, alpha=1.0, expert_score="identity", pool=pool) for pool in ("batch", "sequence", "prefix")),
+    USMoE(k=1, alpha=0.7, expert_score="identity", pool="token", token_score="sigmoid"),
+    USMoE(pool="threshold", threshold=(0.5, -0.2, 1.0, 0.3, 0.8, 0.0), alpha=1.0, expert_score="identity"),
     *(USMoE(k=1.5, mask_padding=False, pool=pool) for pool in ("sequence", "batch", "time_step")),
     USMoE(k=1, mask_padding=False, pool="token"),
     USMoE(k=1.5, mask_padding=False, pool="prefix", burst=1),
@@ -115,6 +118,7 @@ BOUNDED_CHOICES: list[Any] = [
     BoundedChoice(k=1.5, per_expert=None, normalize="all"),
     BoundedChoice(k=1.5, per_token=None, per_expert=(0.5, 1.25), expert_score="sigmoid"),
     BoundedChoice(k=1.5, per_token=None, per_expert=None),
+    BoundedChoice(k=1.5, per_token=(0, 3), alpha=1.0, expert_score="identity"),
     Hosted(BoundedChoice(k="0.75x"), BIASED),
 ]
 
@@ -130,7 +134,9 @@ TOKEN_CHOICES: list[Any] = [
     Hosted(OwnChoice(k=1), BIASED),
 ]
 
-ALL_ROUTERS: list[Any] = USMOES + EXPERT_CHOICES + BOUNDED_CHOICES + TOKEN_CHOICES
+RELU_CHOICES: list[Any] = [ReLUChoice(), ReLUChoice(k=2), Hosted(ReLUChoice(k="0.75x"), BIASED)]
+
+ALL_ROUTERS: list[Any] = USMOES + EXPERT_CHOICES + BOUNDED_CHOICES + TOKEN_CHOICES + RELU_CHOICES
 
 laws = settings(max_examples=8, derandomize=True, deadline=None, database=None)
 """Seeded: the same examples on every run."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from every_router import PLAIN, Hosted
-from usmoe import BoundedChoice, ExpertChoice, OwnChoice, TokenChoice, USMoE
+from usmoe import BoundedChoice, ExpertChoice, OwnChoice, ReLUChoice, TokenChoice, USMoE
 from usmoe.types import Promises
 from violations import kept_promises
 
@@ -37,6 +37,7 @@ ROWS: dict[str, Any] = {
     'ExpertChoice(pool="sequence")': ExpertChoice(k=0.5),
     'ExpertChoice(pool="batch")': ExpertChoice(k=0.5, pool="batch"),
     'ExpertChoice(pool="threshold")': ExpertChoice(pool="threshold", threshold=(0.5, 0.6, 0.3, 0.7)),
+    "ReLUChoice": ReLUChoice(k=1),
     'BoundedChoice(pool="sequence")': BoundedChoice(k=1.5),
     'BoundedChoice(pool="batch")': BoundedChoice(k=1.5, pool="batch"),
     'BoundedChoice(pool="time_step")': BoundedChoice(k=1.5, pool="time_step"),

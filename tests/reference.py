@@ -76,7 +76,7 @@ def token_scores(logits: list[Row], kind: str) -> list[Row]:
 
 
 def expert_scores(logits: list[Row], kind: str, pools: list[list[int]]) -> list[Row]:
-    """scaled_sigmoid (2*sigmoid/E) | sigmoid | softmax_tokens (over a pool) | softmax_experts (over a row)."""
+    """scaled_sigmoid (2*sigmoid/E) | sigmoid | identity | softmax_tokens (over a pool) | softmax_experts (a row)."""
     experts = len(logits[0]) if logits else 0
     if kind == "softmax_experts":
         return token_scores(logits, "softmax")
@@ -87,6 +87,8 @@ def expert_scores(logits: list[Row], kind: str, pools: list[list[int]]) -> list[
                 for t, score in zip(pool, softmax([logits[t][e] for t in pool]), strict=True):
                     scores[t][e] = score
         return scores
+    if kind == "identity":
+        return [[x if finite(x) else 0.0 for x in row] for row in logits]
     factor = 2 / experts if kind == "scaled_sigmoid" else 1.0
     return [[factor * sigmoid(x) for x in row] for row in logits]
 
@@ -130,7 +132,7 @@ def route(router: Any, logits: list, valid: list | None = None, segments: list |
     there = [here for row in real for here in row]
     flat = [row if here else [0.0] * len(row) for row, here in zip(flat, there, strict=True)]
     rule = {"token_choice": _token_choice, "own_choice": _token_choice, "expert_choice": _expert_choice}
-    rule["bounded_choice"] = _bounded_choice
+    rule |= {"bounded_choice": _bounded_choice, "relu_choice": _relu_choice}
     return rule.get(router.name, _usmoe)(router, flat, there, real, segments, host)
 
 
@@ -182,6 +184,13 @@ def _expert_choice(router: Any, flat: list[Row], there: list[bool], real: list, 
             for t in chosen:
                 weight[t, e] = scores[t][e]
     return Answer(weight, pools)
+
+
+def _relu_choice(router: Any, flat: list[Row], there: list[bool], real: list, segments: Any, host: Any) -> Answer:
+    tokens = [t for t, here in enumerate(there) if here]
+    scale = host.scale if host else 1.0
+    weight = {(t, e): x * scale for t in tokens for e, x in enumerate(flat[t]) if value(x) > 0}
+    return Answer(weight, [[t] for t in tokens])
 
 
 def _usmoe(router: Any, flat: list[Row], there: list[bool], real: list, segments: Any, host: Any) -> Answer:

@@ -1,4 +1,4 @@
-"""What goes on balancing in training: the bias of each expert, and the moving average of the cut as a threshold."""
+"""What adapts in training: the bias of each expert, the moving average of the cut, the penalty of ReLU choice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 import usmoe
 from small_layer import VALID, B, D, E, F, L, gradients, layer, tokens
-from usmoe import BoundedChoice, ExpertChoice, MoE, TokenChoice, USMoE, route
+from usmoe import BoundedChoice, ExpertChoice, MoE, ReLUChoice, RouterOutput, TokenChoice, USMoE, route
+from usmoe.layers.sparsity import SparsityController
 from usmoe.layers.threshold_form import threshold_form
 from usmoe.routing import ROUTE
 from usmoe.routing.gates import BiasGate
@@ -255,6 +256,131 @@ def test_routers_that_cannot_move_are_refused(router: Any, says: str):
 
 def test_a_moving_layer_says_so():
     assert "moving=True" in repr(layer(moving=True))
+
+
+# ---- ReLU choice and its controller (ReMoE)
+
+
+def relu_outputs(valid: Tensor | None = None) -> list[RouterOutput]:
+    """Two layers, with gradients."""
+    every = [tokens(seed)[..., :E].requires_grad_() for seed in (1, 2)]
+    return [RouterOutput(routing=route(x, ReLUChoice(), valid=valid), logits=x) for x in every]
+
+
+def test_relu_choice_by_hand():
+    logits = torch.tensor([[[1.5, -1.0, 0.0], [-2.0, 0.25, 3.0], [-1.0, -1.0, -torch.inf]]], requires_grad=True)
+    routing = route(logits, ReLUChoice())
+    found = zip(routing.token.tolist(), routing.expert.tolist(), routing.weight.tolist(), strict=True)
+    assert list(found) == [(0, 0, 1.5), (1, 1, 0.25), (1, 2, 3.0)]
+    routing.weight.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[[1, 0, 0], [0, 1, 1], [0, 0, 0]]]
+    assert route(logits, ReLUChoice(k=2)).pair.tolist() == routing.pair.tolist()  # k is an aim, not a budget
+    with pytest.raises(ValueError, match="k=4 experts per token is impossible with 3"):
+        route(logits, ReLUChoice(k=4))
+
+
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("valid", [None, VALID], ids=["whole", "padded"])
+def test_the_penalty_and_its_gradient_equal_the_loops(valid: Tensor | None, balance: bool):
+    control, said = SparsityController(k=1.5, initial=0.3, balance=balance), relu_outputs(valid)
+    expected: Any = 0.0
+    for one in said:
+        flat = one.logits.flatten(0, 1)
+        real = [t for t in range(B * L) if valid is None or valid.flatten()[t]]
+        for e in range(E):
+            taken = sum(flat[t, e].item() > 0 for t in real)
+            f = E / (1.5 * len(real)) * taken if balance else 1.0
+            expected = expected + 0.3 * f * sum(flat[t, e].clamp(min=0) for t in real) / len(real) / len(said)
+    loss = control.loss(said)
+    torch.testing.assert_close(loss, expected)
+    inputs = [one.logits for one in said]
+    ours, theirs = (torch.autograd.grad(x, inputs) for x in (loss, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_lambda_rises_while_too_many_are_chosen_and_falls_while_too_few():
+    said = relu_outputs()
+    mean = sum(len(one.routing.token) for one in said) / (2 * B * L)
+    many, few, even = (SparsityController(k) for k in (mean - 0.2, mean + 0.2, mean))
+    for control in (many, few, even):
+        for _ in range(3):
+            control.update(said)
+    found = [control.coefficient.item() for control in (many, few, even)]
+    assert found == pytest.approx([1e-8 * 1.2**3, 1e-8 / 1.2**3, 1e-8])
+
+
+def test_padding_does_not_count_as_idle_and_nothing_moves_nothing():
+    said = relu_outputs(VALID)
+    mean = sum(len(one.routing.token) for one in said) / (2 * int(VALID.sum()))
+    for k, rises in ((mean - 0.1, 1), (mean + 0.1, -1)):
+        control = SparsityController(k)
+        control.update(said)
+        assert control.rises == rises
+    nothing = relu_outputs(torch.zeros(B, L, dtype=torch.bool))
+    control.update(nothing)
+    control.update([])
+    assert control.rises == -1
+    assert control.loss(nothing) == control.loss([]) == 0
+
+
+def test_lambda_travels_exactly_whatever_the_dtype():
+    control = SparsityController(k=1)
+    for _ in range(90):
+        control.update(relu_outputs())
+    fresh = SparsityController(k=1).to(torch.bfloat16)
+    fresh.load_state_dict(control.state_dict())
+    assert fresh.coefficient == control.coefficient
+    assert control.coefficient.item() == pytest.approx(1e-8 * 1.2**90)
+
+
+@pytest.mark.parametrize("k", [0.75, 2])
+def test_the_controller_holds_what_is_trained_at_k_and_evens_its_load(k: float):
+    """Logits that a task pulls to values of their own, most of them positive: the penalty decides which stay so."""
+    wanted = torch.randn(1, 200, E, generator=torch.Generator().manual_seed(0)) + torch.tensor([2.0, 1.0, 1.0, 0.0])
+
+    def trained(balance: bool) -> Tensor:
+        """The load of each expert a token, over the last 100 steps."""
+        logits, loads = wanted.clone().requires_grad_(), []
+        control = SparsityController(k, initial=1e-3, alpha=1.05, balance=balance)
+        for _ in range(400):
+            said = [RouterOutput(routing=route(logits, ReLUChoice()), logits=logits)]
+            task = 0.5 * (logits - wanted).square().sum() / 200
+            (gradient,) = torch.autograd.grad(task + control.loss(said), logits)
+            logits = (logits - 40 * gradient).detach().requires_grad_()
+            control.update(said)
+            loads.append(said[0].routing.load / 200)
+        assert loads[0].sum() > 2.5
+        return torch.stack(loads[-100:]).mean(0)
+
+    balanced, plain = trained(True), trained(False)
+    for load in (balanced, plain):
+        assert load.sum().item() == pytest.approx(k, abs=0.1)
+    assert balanced.std() < 0.7 * plain.std()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"k": 0}, "k=0 controls nothing"),
+        ({"k": 1, "alpha": 1.0}, "alpha=1.0 controls"),
+        ({"k": 1, "initial": -1}, "initial=-1"),
+    ],
+    ids=str,
+)
+def test_a_controller_that_cannot_be_is_refused(given: Any, says: str):
+    with pytest.raises(ValueError, match=says):
+        SparsityController(**given)
+
+
+def test_a_controller_of_a_router_needs_its_k():
+    assert SparsityController.of(ReLUChoice(k=2)).k == 2
+    with pytest.raises(ValueError, match="does not say how many experts a token to aim at"):
+        SparsityController.of(ReLUChoice())
+
+
+# ---- compilation
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, at a break

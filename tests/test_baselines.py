@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 
 import reference
 from small_layer import VALID, B, D, E, F, L, gradients, layer, tokens
-from usmoe import ExpertChoice, MoE, RouterOutput, TokenChoice, USMoE, route
-from usmoe.layers.losses import distillation_loss, z_loss
+from usmoe import ExpertChoice, MoE, TokenChoice, USMoE, route
+from usmoe.layers.losses import distillation_loss
+from usmoe.routing import Host
 from usmoe.routing.gates import CosineGate, StableGate
 
 WORDS = 5
@@ -248,107 +248,32 @@ def test_a_gate_may_observe_the_route_in_training():
     assert gate.seen == [2 * B * L]
 
 
-# ---- losses
+# ---- Expert Race
+
+RACE = USMoE(pool="batch", alpha=1.0, expert_score="identity", k=1)
 
 
-def outputs(router: Any, valid: Tensor | None) -> list[RouterOutput]:
-    """Two layers of a stable gate, with gradients."""
-    made = []
-    for seed in (1, 2):
-        logits, distilled = tokens(seed)[..., :E].requires_grad_(), tokens(seed + 5)[..., :E].requires_grad_()
-        routing = route(logits, router, valid=valid)
-        made.append(RouterOutput(routing=routing, logits=logits, distilled=distilled))
-    return made
+def test_expert_race_takes_the_best_logits_of_the_batch_and_weighs_by_them():
+    """Two sequences of two tokens, three experts, four pairs: the fourth best logit is negative.
+
+    token 0 |  3   -1   -5
+    token 1 | -1  -.5   -2
+          2 |  2   -3   -1
+          3 | -4   .5   -6
+    """
+    logits = torch.tensor([[[3.0, -1.0, -5.0], [-1.0, -0.5, -2.0]], [[2.0, -3.0, -1.0], [-4.0, 0.5, -6.0]]])
+    routing = route(logits, RACE)
+    found = zip(routing.token.tolist(), routing.expert.tolist(), routing.weight.tolist(), strict=True)
+    assert list(found) == [(0, 0, 3.0), (2, 0, 2.0), (1, 1, -0.5), (3, 1, 0.5)]
+    assert routing.cut is not None
+    assert routing.cut.tolist() == [-0.75]
 
 
-def z_by_loops(said: list[RouterOutput]) -> Any:
-    layers = []
-    for one in said:
-        rows = [row for t, row in enumerate(one.logits.flatten(0, 1)) if one.routing.valid is None or real(one, t)]
-        layers.append(sum(reference.add([reference.exp(x) for x in row]).log() ** 2 for row in rows) / len(rows))
-    return sum(layers) / len(layers)
-
-
-def distillation_by_loops(said: list[RouterOutput]) -> Any:
-    layers = []
-    for one in said:
-        assert one.distilled is not None
-        shares = [reference.softmax(list(row)) for row in one.distilled.flatten(0, 1)]
-        pairs = zip(one.routing.token.tolist(), one.routing.expert.tolist(), strict=True)
-        costs = [-shares[t][e].log() for t, e in pairs if real(one, t)]
-        layers.append(sum(costs) / len(costs))
-    return sum(layers) / len(layers)
-
-
-def real(one: RouterOutput, token: int) -> bool:
-    return one.routing.valid is None or bool(one.routing.valid[token])
-
-
-LOSSES = [(z_loss, z_by_loops), (distillation_loss, distillation_by_loops)]
-
-
-@pytest.mark.parametrize("valid", [None, VALID], ids=["whole", "padded"])
-@pytest.mark.parametrize(
-    "router", [TokenChoice(k=2), USMoE(k=1.5), USMoE(k=1.5, mask_padding=False), ExpertChoice(k=1)], ids=str
-)
-@pytest.mark.parametrize(("loss", "loops"), LOSSES, ids=["z", "distillation"])
-def test_losses_and_gradients_equal_the_loops(loss: Any, loops: Any, router: Any, valid: Tensor | None):
-    said = outputs(router, valid)
-    inputs: Any = [x for one in said for x in (one.logits, one.distilled)]
-    ours, theirs = loss(said), loops(said)
-    torch.testing.assert_close(ours, theirs)
-    gradient = [torch.autograd.grad(x, inputs, allow_unused=True) for x in (ours, theirs)]
-    for one, other in zip(*gradient, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("loss", [z_loss, distillation_loss])
-def test_what_padding_holds_reaches_no_loss_and_no_gradient(loss: Any):
-    said = outputs(TokenChoice(k=1), VALID)
-    for garbage in (1e30, math.nan, math.inf):
-        spoilt = []
-        for one in said:
-            assert one.distilled is not None
-            both = [
-                x.detach().masked_fill(~VALID[..., None], garbage).requires_grad_() for x in (one.logits, one.distilled)
-            ]
-            spoilt.append(RouterOutput(routing=one.routing, logits=both[0], distilled=both[1]))
-        torch.testing.assert_close(loss(spoilt), loss(said))
-        loss(spoilt).backward()
-        grads = [x.grad for one in spoilt for x in (one.logits, one.distilled) if x is not None and x.grad is not None]
-        assert grads
-        assert all(g.isfinite().all() and not g[~VALID].any() for g in grads)
-
-
-def test_losses_of_nothing_are_0():
-    nothing = outputs(TokenChoice(k=1), torch.zeros(B, L, dtype=torch.bool))
-    for loss in (z_loss, distillation_loss):
-        assert loss([]) == 0
-        assert loss(nothing) == 0
-    _, plain = layer()(tokens())
-    assert distillation_loss([plain]) == 0
-    dull = torch.full((1, 2, E), -torch.inf)
-    assert z_loss([RouterOutput(routing=route(dull, TokenChoice(k=1)), logits=dull)]) == 0
-
-
-def test_layers_that_distil_nothing_do_not_thin_the_loss():
-    _, plain = layer()(tokens())
-    said = outputs(TokenChoice(k=1), None)
-    torch.testing.assert_close(distillation_loss([*said, plain]), distillation_loss(said))
-
-
-def test_the_losses_can_be_made_small():
-    moe, _ = stable()
-    start = z_loss([moe(tokens(), tokens=IDS)[1]]).item()
-    optimizer = torch.optim.Adam(moe.gate.parameters(), lr=0.1)
-    for _ in range(50):
-        optimizer.zero_grad()
-        loss = z_loss([moe(tokens(), tokens=IDS)[1]])
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.5 * start
+def test_logits_are_not_made_to_sum_to_1():
+    with pytest.raises(ValueError, match="may be negative, which normalize=chosen cannot make sum to 1"):
+        USMoE(k=1, expert_score="identity", normalize="chosen")
+    with pytest.raises(ValueError, match="normalize=all cannot"):
+        RACE(tokens()[..., :E], host=Host(normalize="all"))
 
 
 # ---- noise and dropout

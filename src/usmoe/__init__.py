@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from usmoe import _autoregister, lp, metrics
 from usmoe.layers import MoE, SoftMoE, to_causal
-from usmoe.routing import ROUTERS, BoundedChoice, ExpertChoice, OwnChoice, TokenChoice, USMoE, parse_router, route
+from usmoe.routing import (
+    ROUTERS,
+    BoundedChoice,
+    ExpertChoice,
+    OwnChoice,
+    ReLUChoice,
+    TokenChoice,
+    USMoE,
+    parse_router,
+    route,
+)
 from usmoe.types import Promises, RouterOutput, Routing
 
 if TYPE_CHECKING:
@@ -49,6 +59,7 @@ __all__ = [
     "MoE",
     "OwnChoice",
     "Promises",
+    "ReLUChoice",
     "RouterOutput",
     "Routing",
     "SoftMoE",

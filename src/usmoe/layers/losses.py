@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from usmoe.routing.scores import in_float32_at_least
+from usmoe.routing.scores import in_float32_at_least, masked_softmax
 from usmoe.types import RouterOutput
 
 
@@ -32,6 +32,18 @@ def distillation_loss(said: Sequence[RouterOutput]) -> Float[Tensor, ""]:
     return _mean_of_layers([one for one in said if one.distilled is not None], _distillation_of_layer)
 
 
+def similarity_loss(said: Sequence[RouterOutput]) -> Float[Tensor, ""]:
+    """The router similarity loss of Expert Race (Yuan et al. 2025, arXiv 2503.16057, section 5): 1/T times the sum over
+    pairs of experts (i, j) of W_ij * P_ij, and the mean of that over the layers.
+
+    P = p^T p says how alike two experts' softmax shares are over the T real tokens, and M = m^T m how many tokens they
+    share in the route. W_ii = E * M_ii / sum of the diagonal, which evens the load; W_ij = (E^2 - E) * M_ij / sum off
+    the diagonal, which drives apart experts that go together. W has no gradient. It is 1 where all is even; without
+    tokens that have several experts, the diagonal alone is left. 0 where nothing is routed.
+    """
+    return _mean_of_layers(said, _similarity_of_layer)
+
+
 def _mean_of_layers(said: Sequence[RouterOutput], of_layer: Callable[[RouterOutput], Tensor]) -> Tensor:
     """The mean over layers, on the device of the first; 0 without any."""
     losses = [of_layer(one) for one in said]
@@ -52,6 +64,19 @@ def _z_of_layer(one: RouterOutput) -> Tensor:
     real = real & (logits > -torch.inf).any(-1)
     squares = logits.masked_fill(~real.unsqueeze(-1), 0.0).logsumexp(-1).square()
     return squares.where(real, 0.0).sum() / real.sum().clamp(min=1)
+
+
+def _similarity_of_layer(one: RouterOutput) -> Tensor:
+    logits, real = _real_logits(one)
+    experts = one.routing.num_experts
+    shares = masked_softmax(logits[:, :experts], real.unsqueeze(-1).expand(-1, experts), -1)
+    routed = (one.routing.mask() & real.unsqueeze(-1)).to(shares.dtype)
+    together = routed.T @ routed
+    own = torch.eye(experts, dtype=torch.bool, device=together.device)
+    diagonal, off = together.where(own, 0), together.where(~own, 0)
+    of_diagonal = experts * diagonal / diagonal.sum().clamp(min=1)
+    of_others = (experts**2 - experts) * off / off.sum().clamp(min=1)
+    return ((of_diagonal + of_others) * (shares.T @ shares)).sum() / real.sum().clamp(min=1)
 
 
 def _distillation_of_layer(one: RouterOutput) -> Tensor:

@@ -3,6 +3,7 @@
 from usmoe.routing.bounded import BoundedChoice
 from usmoe.routing.expert_choice import ExpertChoice
 from usmoe.routing.host import ROUTE, Host
+from usmoe.routing.relu_choice import ReLUChoice
 from usmoe.routing.route import route
 from usmoe.routing.router import Router
 from usmoe.routing.text import ROUTERS, parse_router
@@ -16,6 +17,7 @@ __all__ = [
     "ExpertChoice",
     "Host",
     "OwnChoice",
+    "ReLUChoice",
     "Router",
     "TokenChoice",
     "USMoE",

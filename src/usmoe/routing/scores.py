@@ -55,6 +55,11 @@ def scaled_sigmoid(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
     return sigmoid(logits) * (2.0 / logits.shape[-1])
 
 
+def identity(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
+    """The logits themselves: negative scores, and so negative weights, are possible (Expert Race, arXiv 2503.16057)."""
+    return logits.masked_fill(logits == -torch.inf, 0.0)
+
+
 def softplus(logits: Float[Tensor, "... E"]) -> Float[Tensor, "... E"]:
     """log(1 + exp(logit)) of each logit by itself."""
     return torch.nn.functional.softplus(_widened(logits)).to(logits.dtype)
@@ -97,6 +102,7 @@ EXPERT_SCORES: dict[str, Callable[[Tensor, Pools], Tensor]] = {
     "scaled_sigmoid": _alone(scaled_sigmoid),
     "sigmoid": _alone(sigmoid),
     "softmax_tokens": softmax_tokens,
+    "identity": _alone(identity),
 }
 """The expert's side of the unified score: (logits (T, E), pools) -> (T, E)."""
 

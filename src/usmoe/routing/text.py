@@ -12,12 +12,13 @@ from typing import Any
 
 from usmoe.routing.bounded import BoundedChoice
 from usmoe.routing.expert_choice import ExpertChoice
+from usmoe.routing.relu_choice import ReLUChoice
 from usmoe.routing.router import Router
 from usmoe.routing.token_choice import OwnChoice, TokenChoice
 from usmoe.routing.unified import USMoE
 
 ROUTERS: dict[str, type[Router]] = {
-    router.name: router for router in (TokenChoice, ExpertChoice, USMoE, BoundedChoice, OwnChoice)
+    router.name: router for router in (TokenChoice, ExpertChoice, USMoE, BoundedChoice, ReLUChoice, OwnChoice)
 }
 """Every router by its name in text."""
 

@@ -27,8 +27,9 @@ class UnifiedScore(Router):
     """Share of the expert score, 0 to 1."""
     token_score: TokenScore | None = None
     """softmax | sigmoid."""
-    expert_score: Literal["scaled_sigmoid", "sigmoid", "softmax_tokens"] = "scaled_sigmoid"
-    """scaled_sigmoid = 2*sigmoid/E (the released code) | sigmoid (Algorithm 1) | softmax_tokens (Definition 3.2)."""
+    expert_score: Literal["scaled_sigmoid", "sigmoid", "softmax_tokens", "identity"] = "scaled_sigmoid"
+    """scaled_sigmoid = 2*sigmoid/E (the released code) | sigmoid (Algorithm 1) | softmax_tokens (Definition 3.2) |
+    identity: the logit itself, which may be negative (with pool="batch" and alpha=1: Expert Race, arXiv 2503.16057)."""
     normalize: Normalize | None = None
     """Over what the weights of a token sum to 1: none | all | chosen."""
 
@@ -41,6 +42,16 @@ class UnifiedScore(Router):
         super()._check()
         if self.alpha is not None and not (is_number(self.alpha) and 0 <= self.alpha <= 1):
             raise ValueError(f"alpha={self.alpha!r} is not a share. Choose 0 <= alpha <= 1.")
+        if self.normalize is not None:
+            self._refuse_sum_of_logits(self.normalize)
+
+    def _refuse_sum_of_logits(self, normalize: Normalize) -> None:
+        """Raise ValueError where weights that may be negative would be divided by their sum."""
+        if self.expert_score == "identity" and normalize != "none":
+            raise ValueError(
+                f"expert_score=identity gives weights that may be negative, which normalize={normalize} cannot make "
+                "sum to 1. Choose normalize=none, or another expert_score."
+            )
 
     def _refuse_score_of_a_pool(self, pool: str, without: tuple[str, ...]) -> None:
         """Raise ValueError where the expert score needs all tokens of a pool, and `pool` is one `without` them."""
@@ -69,4 +80,6 @@ class UnifiedScore(Router):
 
     def weights(self, scores: Float[Tensor, "T E"], mask: Bool[Tensor, "T E"], host: Host) -> Float[Tensor, "T E"]:
         """The weights of the chosen pairs, read where the mask is True."""
-        return NORMALIZATIONS[self.normalize or host.normalize](scores, mask) * host.scale
+        normalize = self.normalize or host.normalize
+        self._refuse_sum_of_logits(normalize)
+        return NORMALIZATIONS[normalize](scores, mask) * host.scale
