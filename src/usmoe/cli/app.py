@@ -14,6 +14,7 @@ from usmoe.cli.info import info
 from usmoe.cli.patch import patch
 from usmoe.cli.reproduce import reproduce
 from usmoe.cli.route import route
+from usmoe.cli.train import train
 from usmoe.cli.tune import tune
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, info, route, patch, tune, embed):
+for command in (demo, info, route, patch, tune, embed, train):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command()(reproduce)
