@@ -122,9 +122,9 @@ _DECODER = LanguageConfig(
 MODELS: dict[str, LanguageConfig] = {
     "transformer-xl-base": _XL,
     "transformer-xl-large": _XL.replace(layers=12, d_model=512, d_ff=2048),
-    "transformer-xl-small": _XL.replace(layers=3, d_model=96, heads=2, head_size=None, d_ff=128, dropout=0.0),
+    "transformer-xl-small": _XL.replace(layers=2, d_model=96, heads=2, head_size=None, d_ff=128, dropout=0.0),
     "decoder-base": _DECODER,
-    "decoder-small": _DECODER.replace(layers=3, d_model=96, heads=2, d_ff=96),
+    "decoder-small": _DECODER.replace(layers=2, d_model=96, heads=2, d_ff=96),
 }
 """Named sizes. transformer-xl-base is the paper's 20 M model (section A.6); the width of the large one is unstated, and
 chosen here so that it has 420 M parameters with twelve layers."""

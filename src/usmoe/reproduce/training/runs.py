@@ -29,12 +29,12 @@ SMALL = TrainConfig(
     memory=128,
     steps=3000,
     optimizer="adam",
-    lr=1.5e-3,
+    lr=2e-3,
     schedule="cosine",
     warmup=100,
     clip=0.25,
-    evaluate_every=1000,
-    evaluation=Evaluation(batch=10, segment=128, memory=128, tokens=200_000),
+    evaluate_every=1500,
+    evaluation=Evaluation(batch=10, segment=128, memory=128, tokens=100_000),
 )
 """What all rows of the small scale share: 3.07 million bytes, the same for every row."""
 SWEEP_STEPS = 1000
