@@ -23,6 +23,8 @@ class View:
     """(row, column) of the best figures that stand clear of all others."""
     says: tuple[str, ...]
     """How to read it."""
+    about: tuple[str, ...] = ()
+    """What the methods are, where their names do not say it."""
     differs: tuple[str, ...] = ()
     """What is not as in the paper."""
     notes: tuple[str, ...] = ()
@@ -31,7 +33,11 @@ class View:
     @property
     def remarks(self) -> list[tuple[str, tuple[str, ...]]]:
         """(heading, sentences) of what stands under the table, as far as there is any."""
-        found = [("What differs from the paper:", self.differs), ("What does not add up in the paper:", self.notes)]
+        found = [
+            ("The methods:", self.about),
+            ("What differs from the paper:", self.differs),
+            ("What does not add up in the paper:", self.notes),
+        ]
         return [(heading, words) for heading, words in found if words]
 
 

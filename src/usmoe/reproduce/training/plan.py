@@ -1,0 +1,192 @@
+"""What one run of a training experiment does: rows, texts, seeds and every configuration, saved whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from usmoe.data.corrupt import Mode
+from usmoe.reproduce.experiment import Experiment, Scale
+from usmoe.reproduce.kind import Asked
+from usmoe.reproduce.training.runs import SEEDS, SMALL, Run
+from usmoe.reproduce.training.study import STUDIES, Study, Text, own
+from usmoe.train.config import Evaluation, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """How trained models are measured."""
+
+    evaluation: Evaluation
+    positions: int = 200
+    """Of the honest figure: tokens that are predicted from those before them alone."""
+    block: int = 1000
+    """Tokens of a block: figures are kept block by block, and bands are drawn from them."""
+    corrupt_mode: Mode = "replace"
+    corrupt_rate: float = 0.04
+    """Share of words."""
+    seed: int = 0
+    """Of positions, corruption and bootstrap: the same for every model, so that all are compared on the same tokens."""
+
+
+MEASUREMENTS: dict[Scale, Measurement] = {
+    "small": Measurement(evaluation=SMALL.evaluation),
+    "paper": Measurement(evaluation=Evaluation(batch=10, segment=128, memory=896)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRow:
+    """A row of the table."""
+
+    name: str
+    label: str
+    paper: str | None
+    """The paper's column beside it."""
+    k: float | None = None
+    """Where the table is one over k."""
+    note: str = ""
+    """What was decided of the method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run of an experiment, as it is saved."""
+
+    experiment: str
+    """As typed: table14."""
+    scale: Scale
+    rows: tuple[PlannedRow, ...]
+    corpora: tuple[str, ...]
+    texts: tuple[Text, ...]
+    """Of the test split, on which each model is measured."""
+    seeds: tuple[int, ...]
+    runs: tuple[Run, ...]
+    """Every model: a corpus, a row, a seed, and its configuration."""
+    measurement: Measurement
+    data: str | None = None
+    """The folder in place of the hub."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Texts of the scale on which nothing is trained, and why."""
+    device: str = "cpu"
+
+    @property
+    def parts(self) -> int:
+        """Each model is trained, and measured on each text."""
+        return len(self.runs) * (1 + len(self.texts))
+
+    @property
+    def study(self) -> Study:
+        """The experiment's rows and texts."""
+        return STUDIES[self.experiment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; every configuration whole."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Plan:
+        """What `to_dict` made."""
+        fields: dict[str, Any] = dict(data)
+        measurement = dict(data["measurement"])
+        measurement["evaluation"] = Evaluation(**measurement["evaluation"])
+        fields |= {name: tuple(data[name]) for name in ("corpora", "texts", "seeds")}
+        fields["rows"] = tuple(PlannedRow(**one) for one in data["rows"])
+        fields["runs"] = tuple(
+            Run(corpus=one["corpus"], row=one["row"], config=TrainConfig.from_dict(one["config"]))
+            for one in data["runs"]
+        )
+        fields["measurement"] = Measurement(**measurement)
+        return Plan(**fields)
+
+
+def plan(experiment: Experiment, asked: Asked) -> Plan:
+    """What a run of the experiment does.
+
+    At small scale the texts are those of `usmoe.reproduce.training.runs.CORPORA` that lie in the folder of data, at
+    paper scale the paper's. Raises ValueError for rows and texts that the experiment does not have, for options of
+    other kinds of experiments, and where there is no text at all.
+    """
+    asked.refuse(experiment, "model", "tasks", "batch_size")
+    if asked.dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"--dtype {asked.dtype} is no precision of training. Choose float32 or bfloat16.")
+    study = STUDIES[experiment.name]
+    known = {row.name: row for row in study.rows}
+    rows = [known[name] for name in _some(asked.rows, list(known), "row", experiment)]
+    rows += [own(router) for router in asked.routers]
+    corpora = _some(asked.corpora, study.corpora_at(asked.scale), "corpus", experiment)
+    absent = _absent(study, corpora, asked)
+    left_out = {name: "not asked for" for name in study.corpora_at(asked.scale) if name not in corpora} | absent
+    there = tuple(name for name in corpora if name not in absent)
+    if not there:
+        raise ValueError(
+            f"There is no text to train on. {' '.join(absent.values())}"
+            + ("" if asked.data else " At small scale the texts lie in a folder: give --data DIR.")
+        )
+    seeds = tuple(range(asked.seed, asked.seed + (asked.seeds or (len(SEEDS) if asked.scale == "small" else 1))))
+    return Plan(
+        experiment=experiment.name,
+        scale=asked.scale,
+        rows=tuple(
+            PlannedRow(name=row.name, label=row.label, paper=row.paper, k=row.k, note=row.method.note) for row in rows
+        ),
+        corpora=there,
+        texts=study.texts,
+        seeds=seeds,
+        runs=tuple(
+            row.run(corpus, _base(study, corpus, asked), seed) for seed in seeds for corpus in there for row in rows
+        ),
+        measurement=MEASUREMENTS[asked.scale],
+        data=None if asked.data is None else str(asked.data),
+        left_out=left_out,
+        device=asked.device,
+    )
+
+
+def _base(study: Study, corpus: str, asked: Asked) -> TrainConfig:
+    base = study.base(corpus, asked.scale, asked.steps)
+    if base.warmup > base.steps:
+        base = base.replace(warmup=0)
+    return base if asked.dtype is None else base.replace(precision=asked.dtype)
+
+
+def _some(given: Sequence[str], known: Sequence[str], what: str, experiment: Experiment) -> tuple[str, ...]:
+    """All that are known, or those of them that are given, in their order."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(
+                f"{experiment.name} has no {what} {name!r}."
+                + (f" Did you mean {near[0]}?" if near else "")
+                + f" It has: {', '.join(known)}."
+            )
+    return tuple(name for name in known if not given or name in given)
+
+
+def _absent(study: Study, corpora: Sequence[str], asked: Asked) -> dict[str, str]:
+    """{text: why it is not there}, of texts that nobody asked for by name."""
+    from usmoe.data.sources import find_source
+
+    absent = {}
+    for name in corpora:
+        try:
+            find_source(study.base(name, asked.scale, None).corpus, asked.data)
+        except ValueError as error:
+            if name in asked.corpora:
+                raise
+            absent[name] = str(error)
+    return absent
+
+
+def announce(plan: Plan) -> str:
+    """A sentence on how much is trained."""
+    config = plan.runs[0].config
+    tokens = config.steps * config.batch * config.segment
+    return (
+        f"{len(plan.runs)} models ({len(plan.rows)} rows, {len(plan.corpora)} texts, {len(plan.seeds)} seeds), "
+        f"{config.steps:,} steps each ({tokens / 1e6:.2f} M tokens). Those that are trained already are read, and one "
+        "that was stopped goes on; the same command goes on with all of it."
+    )
