@@ -18,7 +18,7 @@ from usmoe.routing.token_choice import OwnChoice, TokenChoice
 from usmoe.routing.unified import USMoE
 
 ROUTERS: dict[str, type[Router]] = {
-    router.name: router for router in (TokenChoice, ExpertChoice, USMoE, BoundedChoice, ReLUChoice, OwnChoice)
+    router.name: router for router in (TokenChoice, ExpertChoice, USMoE, BoundedChoice, OwnChoice, ReLUChoice)
 }
 """Every router by its name in text."""
 
