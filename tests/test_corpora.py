@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usmoe.data import array, hub
+from usmoe.data import prepare as prepare_module
 from usmoe.data import vocabulary as vocabularies
 from usmoe.data.corpus import Corpus
 from usmoe.data.prepare import prepare
@@ -589,12 +590,12 @@ import os, signal
 from pathlib import Path
 from usmoe.data import prepare as module
 from usmoe.data.corpus import Corpus
-write = module._write_split
+write = module.write_split
 def killed(path, split, *rest):
     if split == "validation":
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, split, *rest)
-module._write_split = killed
+module.write_split = killed
 module.prepare(Corpus(source={str(place)!r}), Path({str(tmp_path / "cache")!r}))
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
@@ -612,11 +613,11 @@ import time
 from pathlib import Path
 from usmoe.data import prepare as module
 from usmoe.data.corpus import Corpus
-write = module._write_split
+write = module.write_split
 def slow(*given):
     time.sleep(0.3)
     return write(*given)
-module._write_split = slow
+module.write_split = slow
 print(module.prepare(Corpus(source={str(place)!r}), Path({str(tmp_path / "cache")!r})).digest)
 """
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -627,6 +628,29 @@ print(module.prepare(Corpus(source={str(place)!r}), Path({str(tmp_path / "cache"
     made = prepare(at(place), tmp_path / "cache")
     assert other.communicate()[0].strip() == made.digest
     assert made.test.tobytes() == b"a dog sat\n"
+
+
+def test_without_locks_processes_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """While one writes, another one has prepared the same."""
+    place, write = folder(tmp_path / "mine"), prepare_module._write
+
+    def no_lock(*_) -> None:
+        raise OSError(37, "No locks available")
+
+    def slow(part: Path, *given) -> None:
+        assert part.name.endswith(f".{os.getpid()}.part")
+        monkeypatch.setattr(prepare_module, "_write", write)
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        other = prepare(at(place), tmp_path / "cache")
+        write(part, *given)
+        (other.folder / "mark").touch()
+
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    monkeypatch.setattr(prepare_module, "_write", slow)
+    made = prepare(at(place), tmp_path / "cache")
+    assert made.test.tobytes() == b"a dog sat\n"
+    assert (made.folder / "mark").exists()
+    assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def test_a_cache_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

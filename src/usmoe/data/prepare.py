@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import IO, Any
 
 from usmoe.data import vocabulary as vocabularies
-from usmoe.data.array import Tokens, reading, writing
-from usmoe.data.bpe import PIECE
+from usmoe.data.array import Tokens, reading
 from usmoe.data.corpus import SPLITS, Corpus
-from usmoe.data.corrupt import WORD, corrupt
+from usmoe.data.encode import write_split
 from usmoe.data.hub import announce
 from usmoe.data.sources import Source, find_source
-from usmoe.data.text import Text, between_words, decoded, of_length
+from usmoe.data.text import decoded
 from usmoe.data.units import Unit
-from usmoe.data.vocabulary import Bytes, Characters, Vocabulary
+from usmoe.data.vocabulary import Vocabulary
 from usmoe.report.whole import whole_json
 
 _FORM = 1
@@ -104,9 +101,10 @@ def prepare(
     splits      those that are wanted; None: all three, with a vocabulary those that there are
 
     They lie in cache/<name>-<digest>/ as {vocabulary.json, train.npy, ..., manifest.json}. The digest is of the corpus,
-    of the contents of its files and of the vocabulary: a file that has changed is prepared anew. The folder appears
-    when all is written, so that a preparation that was killed, or ran out of disk, leaves nothing that could be taken
-    for whole; what it leaves is removed by the next one. Of several processes one prepares, and the others wait.
+    of the contents of its files and of the vocabulary: a file that has changed is prepared anew. (What is published is
+    known by its place, and not asked for again.) The folder appears when all is written, so that a preparation that was
+    killed, or ran out of disk, leaves nothing that could be taken for whole; what it leaves is removed by the next one.
+    Of several processes one prepares, and the others wait.
 
     Raises ValueError for a text that is missing, empty, not UTF-8 (with its line) or unknown to the vocabulary, for a
     missing split, and for a vocabulary of another level than the corpus asks for; OSError where the disk is full.
@@ -128,7 +126,7 @@ def prepare(
                 if source.hub:
                     announce(corpus.name)
                 _write(part, corpus, source, vocabulary, wanted)
-                part.rename(folder)
+                _place(part, folder)
     return _read(folder, corpus, digest)
 
 
@@ -167,12 +165,13 @@ def _digest(corpus: Corpus, source: Source, vocabulary: Vocabulary | None, wante
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[Path]:
-    """A place beside `folder` to write at, which no other process has: the lock is gone with the process that held it,
-    so that what lies there is of one that failed or was killed, and is removed, before and after."""
+    """A place beside `folder` to write at, which no other process has. The lock is gone with the process that held it:
+    what lies there is of one that was killed, and is removed. Where a file system has no locks, every process writes at
+    a place of its own."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.part")
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        own = "" if _locked(lock) else f".{os.getpid()}"
+        part = folder.with_name(f".{folder.name}{own}.part")
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
@@ -181,75 +180,38 @@ def _alone(folder: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
+def _place(part: Path, folder: Path) -> None:
+    """Rename, unless another process, which could not be waited for, has put the same there."""
+    try:
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _locked(file: IO[Any]) -> bool:
+    """Wait for the lock; False where there are none: on Windows, and some file systems."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (ModuleNotFoundError, OSError):
+        return False
+    return True
+
+
 def _write(folder: Path, corpus: Corpus, source: Source, vocabulary: Vocabulary | None, wanted: Sequence[str]) -> None:
     learned = vocabulary is None and corpus.reads != "byte"
     texts = source.texts(corpus, [split for split in SPLITS if split in wanted or (learned and split == "train")])
     if vocabulary is None:
-        pieces = between_words(decoded(texts["train"])) if learned else ()
+        pieces = decoded(texts["train"]) if learned else ()
         alphabet = f" {string.ascii_lowercase}" if corpus.name == "text8" else None
         vocabulary = vocabularies.learn(corpus.reads, pieces, size=corpus.vocabulary_size, alphabet=alphabet)
     vocabularies.save(vocabulary, folder / "vocabulary.json")
     said: dict[str, Any] = {"source": source.sentence, "text": source.identity, "splits": {}}
     for split in wanted:
-        said["splits"][split] = _write_split(folder / f"{split}.npy", split, corpus, texts[split], vocabulary)
+        said["splits"][split] = write_split(folder / f"{split}.npy", split, corpus, texts[split], vocabulary)
     whole_json({"corpus": dataclasses.asdict(corpus), **said}, folder / "manifest.json")
-
-
-def _write_split(path: Path, split: str, corpus: Corpus, text: Text, vocabulary: Vocabulary) -> dict[str, int]:
-    """Encode a split; returns its tokens, units and corrupted words."""
-    count = {"tokens": 0, "units": 0, "corrupted": 0}
-    with writing(path, vocabulary.size) as write:
-        for piece in _pieces(split, corpus, text, vocabulary, count):
-            try:
-                tokens = vocabulary.encode(piece)
-            except ValueError as error:
-                raise ValueError(f"The {split} split of {text.name}: {error}") from error
-            count["tokens"] += len(tokens)
-            count["units"] += (
-                len(piece.encode()) if vocabulary.level == "bpe" and isinstance(piece, str) else len(tokens)
-            )
-            write(tokens)
-    if not count["tokens"]:
-        raise ValueError(f"The {split} split of {text.name} is empty. Give a text, or a longer one.")
-    return count
-
-
-def _pieces(
-    split: str, corpus: Corpus, text: Text, vocabulary: Vocabulary, count: dict[str, int]
-) -> Iterator[str] | Iterator[bytes]:
-    """The split as it is to be encoded, piece by piece; corrupted words are added to `count`."""
-    if isinstance(vocabulary, Bytes):
-        yield from _corrupted(between_words(text.blocks()), split, corpus, WORD, count)
-        return
-    word = _written(vocabulary) if corpus.corrupt_mode is not None else WORD
-    pieces = _corrupted(between_words(decoded(text)), split, corpus, word, count)
-    if vocabulary.level == "bpe":
-        pieces = of_length(pieces, 8 * PIECE)  # as many are encoded side by side
-    last = ""
-    for last in pieces:
-        yield last
-    if vocabulary.level == "word" and last and not last.endswith("\n"):
-        yield "\n"
-
-
-def _corrupted(pieces: Iterator[Any], split: str, corpus: Corpus, word: str, count: dict[str, int]) -> Iterator[Any]:
-    if corpus.corrupt_mode is None or split not in corpus.corrupt_splits:
-        yield from pieces
-        return
-    draws = np.random.default_rng([corpus.corrupt_seed, SPLITS.index(split)])
-    for piece in pieces:
-        changed, number = corrupt(piece, corpus.corrupt_mode, corpus.corrupt_rate, draws, word=word)
-        count["corrupted"] += number
-        yield changed
-
-
-def _written(vocabulary: Vocabulary) -> str:
-    """AAA, or aaa in an alphabet that has no A, as text8's. Raises ValueError for one that has neither."""
-    if not isinstance(vocabulary, Characters) or "A" in vocabulary.alphabet:
-        return WORD
-    if "a" in vocabulary.alphabet:
-        return WORD.lower()
-    raise ValueError("The alphabet has neither A nor a: AAA would be unknown. Corrupt at the level byte or word.")
 
 
 def _read(folder: Path, corpus: Corpus, digest: str) -> Prepared:

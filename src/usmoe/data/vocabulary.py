@@ -1,7 +1,7 @@
 """Vocabularies: what a token is, and text to tokens and back, for bytes, characters, words and BPE.
 
-Each is one frozen value with the same four members: `level`, `size`, `encode` and `decode`. Text is encoded piece by
-piece; pieces of words and of BPE must end between words, else a word is cut in two.
+Each is one frozen value with the same members: `level`, `size`, `encode`, `decode` and `to_dict`. Text may be encoded
+piece by piece: at the level of words in pieces that end between words, of BPE in pieces of a million characters.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jaxtyping import Int, UInt
 from usmoe.data.bpe import Pieces
 from usmoe.data.corpus import Level
 from usmoe.data.corrupt import WORD
+from usmoe.data.text import between_words
 from usmoe.report.whole import whole_json
 
 EOS, UNKNOWN = "<eos>", "<unk>"
@@ -145,7 +146,7 @@ Vocabulary = Bytes | Characters | Words | Pieces
 def learn(level: Level, pieces: Iterable[str], *, size: int | None = None, alphabet: str | None = None) -> Vocabulary:
     """The vocabulary of a training text.
 
-    pieces    the text, in pieces that end between words; what is a byte needs none
+    pieces    the text, in pieces of any size; a byte needs none
     size      words or BPE tokens, special ones included; None: all words
     alphabet  at the level of characters, all that may occur (text8); None: those that occur, and one for others
 
@@ -160,7 +161,7 @@ def learn(level: Level, pieces: Iterable[str], *, size: int | None = None, alpha
     if level == "char":
         return Characters(_alphabet(pieces)) if alphabet is None else Characters(alphabet, unknown=False)
     counts: Counter[str] = Counter()
-    for piece in pieces:
+    for piece in between_words(pieces):
         counts.update(_words(piece))
     del counts[EOS], counts[UNKNOWN]
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
