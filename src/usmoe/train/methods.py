@@ -113,6 +113,20 @@ METHODS: dict[str, Method] = {
         changes={"model__gate": "bias"},
         note="Sigmoid scores, a bias an expert on what competes, no loss (arXiv 2408.15664).",
     ),
+    "remoe": Method(
+        title="ReMoE",
+        router="relu_choice(k=2)",
+        changes={"sparsity": True},
+        note="Every pair with a positive logit; an adaptive penalty drives their number to k, and nothing holds it "
+        "there (arXiv 2412.14711).",
+    ),
+    "expert_race": Method(
+        title="Expert Race",
+        router="usmoe(k=2, alpha=1.0, expert_score=identity, pool=batch)",
+        changes={"similarity": 1e-4},
+        note="The best pairs of the batch by raw logits, weighed by them (arXiv 2503.16057); the coefficient of its "
+        "similarity loss, 0.0001, is chosen here.",
+    ),
 }
 """By the name as typed behind `usmoe train --method`."""
 
