@@ -89,14 +89,10 @@ class SparsityController(nn.Module):
         With accumulated gradients, `said` is what all batches of the step said. Padding does not count, and neither
         does a step without a real token.
         """
-        device = self.rises.device
-        chosen, offered, wanted = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+        excess = torch.zeros((), dtype=torch.float64, device=self.rises.device)
         for one in said:
-            tokens = _tokens(one).to(chosen)
-            chosen += len(one.routing.token)
-            offered += tokens * one.routing.num_experts
-            wanted += tokens * self.k
-        self.rises += (chosen - wanted).sign().long() * (offered > 0)
+            excess += len(one.routing.token) - self.k * _tokens(one).to(excess)
+        self.rises += excess.sign().long()
 
     def extra_repr(self) -> str:
         return f"k={self.k:g}, initial={self.initial:g}, alpha={self.alpha:g}, balance={self.balance}"
