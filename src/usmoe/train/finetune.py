@@ -48,6 +48,9 @@ from usmoe.types import promises_of
 UNREAD = ("checkpoint_every", "log_every")
 """Fields that may change between stop and resume: they decide what is written, not what is learnt."""
 
+FILES = ("result.json", "predictions.npy", "best.safetensors", "checkpoint.pt", "log.jsonl", "config.json")
+"""What is removed of a run where another begins; its vocabulary is written anew."""
+
 
 def finetune(
     config: FinetuneConfig,
@@ -59,6 +62,7 @@ def finetune(
     offline: bool = False,
     device: str = "cpu",
     resume: bool = False,
+    anew: bool = False,
     progress: bool = True,
 ) -> Scored:
     """Train a classifier and test it, or go on with that; of a run that is whole, its result.
@@ -68,6 +72,7 @@ def finetune(
     which       of its models: best or last
     data        a folder of local data sets in place of the hub
     resume      go on with the run in the folder; where there is none, begin
+    anew        remove the run in the folder, once it is known that this one can begin
 
     After each epoch the rows for selection are classified; the first of the epochs with the highest accuracy there is
     tested, once. Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt. Raises ValueError for
@@ -77,12 +82,17 @@ def finetune(
     run = RunFolder(Path(folder))
     if run.begun and not is_finetuned(run.path):
         raise ValueError(f"{run.path} holds a run of usmoe train. Give another --run.")
-    if run.begun and not resume:
-        raise ValueError(f"{run.path} holds a run already. Give --resume to go on with it, or another --run.")
+    if run.begun and not (resume or anew):
+        raise ValueError(
+            f"{run.path} holds a run already. Give --resume to go on with it, --force to begin anew, or another --run."
+        )
     start, said = start_of(Path(checkpoint), which)
     task = classification(config.data, data, offline=offline)
     config = resolved(config, start, device)
     with run.locked(), torch.random.fork_rng(), stoppable() as stop:
+        if run.begun and anew:
+            for name in FILES:
+                (run.path / name).unlink(missing_ok=True)
         if run.begun:
             run.refuse_differences(_begun(run), _compared(config, said, task), UNREAD)
             if (run.path / "result.json").is_file():
