@@ -49,7 +49,7 @@ def cell(ones: Sequence[Measured], value: Callable[[Measured], float | None]) ->
 
 
 def difference(
-    row: Sequence[Measured], best: Sequence[Measured], value: Value, seeds: float, freedom: int, seed: int = 0
+    row: Sequence[Measured], best: Sequence[Measured], value: Value, seeds: float, freedom: int
 ) -> Difference | None:
     """By how much `row` is above `best` in a figure, in nats; None where one of them lacks it.
 
@@ -62,28 +62,27 @@ def difference(
     one, other = cell(row, value), cell(best, value)
     if one is None or other is None:
         return None
-    counts = row[0].counts
-    sums = [
-        statistics.fmean(mine) - statistics.fmean(theirs)
-        for mine, theirs in zip(
-            zip(*(m.sums for m in row), strict=True), zip(*(m.sums for m in best), strict=True), strict=True
-        )
-    ]
-    drawn = band(sums, counts, seed=seed)
+    sums = [mine - theirs for mine, theirs in zip(_sums(row), _sums(best), strict=True)]
+    drawn = band(sums, row[0].figures.forced.counts)
     text = math.inf if drawn is None else (drawn[1] - drawn[0]) / 2
     spread = student(freedom) * seeds * math.sqrt(1 / len(row) + 1 / len(best)) if freedom else 0.0
     parts = [text, spread]
     if value is honest:
-        parts += [math.hypot(*(m.honest_half for m in ones)) / len(ones) for ones in (row, best)]
+        parts += [math.hypot(*(one.figures.honest.interval for one in ones)) / len(ones) for ones in (row, best)]
     return Difference(value=one.value - other.value, half=math.hypot(*parts))
 
 
+def _sums(ones: Sequence[Measured]) -> list[float]:
+    """Nats of each block, means over seeds."""
+    return [statistics.fmean(block) for block in zip(*(one.figures.forced.sums for one in ones), strict=True)]
+
+
 def teacher_forced(one: Measured) -> float:
-    return one.teacher_forced
+    return one.figures.forced.nats
 
 
 def honest(one: Measured) -> float:
-    return one.honest
+    return one.figures.honest.nats
 
 
 def over_seeds(rows: Mapping[str, Sequence[Measured]], value: Value) -> tuple[float, int]:
@@ -97,7 +96,7 @@ def over_seeds(rows: Mapping[str, Sequence[Measured]], value: Value) -> tuple[fl
     return (math.sqrt(squares / freedom), freedom) if freedom else (0.0, 0)
 
 
-def ranked(rows: Mapping[str, Sequence[Measured]], value: Value, seed: int = 0) -> tuple[str, tuple[str, ...]]:
+def ranked(rows: Mapping[str, Sequence[Measured]], value: Value) -> tuple[str, tuple[str, ...]]:
     """The row with the lowest figure, and those that cannot be told from it."""
     means = {name: found.value for name, ones in rows.items() if (found := cell(ones, value)) is not None}
     best = min(means, key=lambda name: means[name])
@@ -105,7 +104,7 @@ def ranked(rows: Mapping[str, Sequence[Measured]], value: Value, seed: int = 0) 
     rivals = []
     for name in means:
         if name != best:
-            gap = difference(rows[name], rows[best], value, deviation, freedom, seed)
+            gap = difference(rows[name], rows[best], value, deviation, freedom)
             assert gap is not None
             rivals += [] if gap.clear else [name]
     return best, tuple(rivals)

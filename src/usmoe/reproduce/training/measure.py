@@ -6,83 +6,58 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usmoe.data.units import Unit
 from usmoe.report.whole import whole_json
 from usmoe.reproduce.training.runs import Run
+from usmoe.routing.text import parse_router
+from usmoe.train.figures import Figures, Serving
 
 if TYPE_CHECKING:
+    from usmoe.data.corpus import Corpus
     from usmoe.reproduce.training.plan import Measurement
     from usmoe.reproduce.training.study import Text
+    from usmoe.train.config import TrainConfig
 
+CALIBRATION = 20_000
+"""Tokens of the validation split by which thresholds of another budget are found."""
 
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    """A trained model under another router."""
-
-    nats: float
-    """A token, teacher-forced: the router is causal."""
-    experts: float
-    """A token."""
+_THRESHOLD, _PREFIX = Serving(how="threshold"), Serving(how="prefix")
+_FEWER = Serving(how="threshold", k=1.5, calibrated=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One row of a result: a model on a text. Likelihoods are in nats a token; `usmoe.data.units.stated` makes bits a
-    character or perplexity a word of them."""
+    """One row of a result: a model on a text."""
 
     corpus: str
     row: str
     seed: int
     text: Text
-    unit: Unit
-    """character | byte | word."""
-    tokens_per_unit: float
-    """Of the split."""
-    tokens: int
-    """That were predicted."""
+    figures: Figures
+    """Of the model with the best validation figure."""
+    at_two: Figures | None
+    """The same with two experts a token, where a method grows its k beyond (SMoE-Dropout)."""
     corrupted: int
-    """Words of the whole split that were."""
-    teacher_forced: float
-    honest: float
-    honest_half: float
-    """Half-width of its 95 % interval, for the sample of positions; 0 where the teacher-forced figure is honest."""
-    reset: float
-    """Teacher-forced, without memory."""
-    alone: float | None
-    """Teacher-forced, a batch of one; None where no sequence knows another."""
-    served: Mapping[str, Served] = field(default_factory=dict)
-    """Under other routers, by the names of `usmoe.reproduce.training.measuring.served`."""
-    experts: float
-    """A token, mean over layers."""
-    dropped: float
-    """Share of tokens without an expert."""
-    load_cv: float
-    flops: float
-    """A token, counted pairs, without the output layer."""
-    flops_at_2: float
-    """The same model with two experts a token."""
-    sums: tuple[float, ...]
-    """Teacher-forced nats of blocks of neighbouring tokens, for paired bands."""
-    counts: tuple[int, ...]
-    """Tokens of each block."""
+    """Words of the whole split that are."""
     steps: int
     """That the model was trained."""
-    best_step: int
-    """At which its validation figure was best: this model is measured."""
     training_seconds: float
-    seconds: float
-    """That measuring took."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        two = None if self.at_two is None else self.at_two.to_dict()
+        return fields | {"figures": self.figures.to_dict(), "at_two": two}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Measured:
-        """What `dataclasses.asdict` made, through JSON."""
+        """What `to_dict` made."""
         fields: dict[str, Any] = dict(data)
-        fields["served"] = {name: Served(**one) for name, one in data["served"].items()}
-        fields |= {name: tuple(data[name]) for name in ("sums", "counts")}
+        fields["figures"] = Figures.from_dict(data["figures"])
+        fields["at_two"] = None if data["at_two"] is None else Figures.from_dict(data["at_two"])
         return Measured(**fields)
 
 
@@ -108,8 +83,75 @@ def measured(
     path = folder / f"evaluation-{text}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}.json"
     if path.is_file() and not anew:
         return Measured.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    from usmoe.reproduce.training.measuring import measure
-
-    found = measure(one, text, folder, cache, measurement, data=data, offline=offline, device=device)
-    whole_json(dataclasses.asdict(found), path, allow_nan=False)
+    found = _measured(one, text, folder, cache, measurement, data=data, offline=offline, device=device)
+    whole_json(found.to_dict(), path, allow_nan=False)
     return found
+
+
+def _measured(
+    one: Run, text: Text, folder: Path, cache: Path, measurement: Measurement, *, device: str, **where: Any
+) -> Measured:
+    from usmoe.data.prepare import prepare
+    from usmoe.train.evaluation import evaluate_model
+    from usmoe.train.folder import RunFolder, load_run
+
+    grown = one.config.grow_k
+    trained = load_run(folder, "best", device=device, router=None if grown is None else _at(one.config, grown[1]))
+    clean = prepare(one.config.corpus, cache, **where, vocabulary=trained.vocabulary, splits=("validation", "test"))
+    read = clean
+    if text == "corrupt":
+        changed = corrupted(one.config.corpus, measurement)
+        read = prepare(changed, cache, **where, vocabulary=trained.vocabulary, splits=("test",))
+    given: dict[str, Any] = {"positions": measurement.positions, "seed": measurement.seed}
+    figures = evaluate_model(
+        trained,
+        read.test,
+        measurement.evaluation,
+        served=servings(one.config),
+        calibration=clean.validation[:CALIBRATION],
+        **given,
+    )
+    at_two = None
+    if grown is not None:
+        two = load_run(folder, "best", device=device, router=_at(one.config, 2))
+        at_two = evaluate_model(two, read.test, measurement.evaluation, served=(), **given)
+    lines = RunFolder(folder).rows()
+    return Measured(
+        corpus=one.corpus,
+        row=one.row,
+        seed=one.config.seed,
+        text=text,
+        figures=figures,
+        at_two=at_two,
+        corrupted=read.corrupted["test"],
+        steps=one.config.steps,
+        training_seconds=max((line["elapsed"] for line in lines if "elapsed" in line), default=0.0),
+    )
+
+
+def servings(config: TrainConfig) -> tuple[Serving, ...]:
+    """Under which causal routers a model is measured: by the thresholds that training tracked, by prefix, and USMoE
+    that was trained with two experts also by thresholds of 1.5. Methods that cannot be served so have a reason in the
+    figure's place."""
+    router: Any = parse_router(config.model.router)
+    unified = getattr(router, "name", "") == "usmoe"
+    if not unified:
+        return (_THRESHOLD,)
+    return (_THRESHOLD, _FEWER, _PREFIX) if router.k == 2 else (_THRESHOLD, _PREFIX)
+
+
+def corrupted(corpus: Corpus, measurement: Measurement) -> Corpus:
+    """The same text, with words of its test split replaced."""
+    return dataclasses.replace(
+        corpus,
+        corrupt_mode=measurement.corrupt_mode,
+        corrupt_rate=measurement.corrupt_rate,
+        corrupt_splits=("test",),
+        corrupt_seed=measurement.seed,
+    )
+
+
+def _at(config: TrainConfig, k: int) -> Any:
+    """The router of a configuration with another k."""
+    router: Any = parse_router(config.model.router)
+    return dataclasses.replace(router, k=k)

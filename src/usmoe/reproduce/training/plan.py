@@ -23,13 +23,11 @@ class Measurement:
     evaluation: Evaluation
     positions: int = 200
     """Of the honest figure: tokens that are predicted from those before them alone."""
-    block: int = 1000
-    """Tokens of a block: figures are kept block by block, and bands are drawn from them."""
     corrupt_mode: Mode = "replace"
     corrupt_rate: float = 0.04
     """Share of words."""
     seed: int = 0
-    """Of positions, corruption and bootstrap: the same for every model, so that all are compared on the same tokens."""
+    """Of positions and corruption: the same for every model, so that all are compared on the same tokens."""
 
 
 MEASUREMENTS: dict[Scale, Measurement] = {

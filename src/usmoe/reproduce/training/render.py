@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from usmoe.data.units import stated
 from usmoe.reproduce.experiment import EXPERIMENTS
 from usmoe.reproduce.figures import paper_figures
 from usmoe.reproduce.training.compare import Cell, Value, cell, honest, ranked, teacher_forced
@@ -50,21 +49,27 @@ def of(result: Result, corpus: str, text: Text) -> Rows:
 def _likelihoods(result: Result, corpus: str, text: Text) -> View:
     plan, rows = result.plan, of(result, corpus, text)
     columns: dict[str, Value] = {"teacher-forced": teacher_forced, "honest": honest}
-    for how in dict.fromkeys(how for ones in rows.values() for one in ones for how in one.served):
+    for how in dict.fromkeys(how for ones in rows.values() for one in ones for how in one.figures.served):
         columns[how] = _served(how)
-    columns["memory reset"] = lambda one: one.reset
-    if any(one.alone is not None for ones in rows.values() for one in ones):
-        columns["batch of 1"] = lambda one: one.alone
-    best = {name: ranked(rows, columns[name]) for name in ("teacher-forced", "honest")}
+    others: dict[str, Value] = {
+        "with k=2": lambda one: None if one.at_two is None else one.at_two.forced.nats,
+        "memory reset": lambda one: None if one.figures.reset is None else one.figures.reset.nats,
+        "batch of 1": lambda one: None if one.figures.alone is None else one.figures.alone.nats,
+    }
+    every = [one for ones in rows.values() for one in ones]
+    columns |= {name: value for name, value in others.items() if any(value(one) is not None for one in every)}
+    best = {
+        name: [ranked(group, columns[name]) for group in _groups(plan, rows)] for name in ("teacher-forced", "honest")
+    }
     printed = _printed(plan, corpus, text)
     lines, bold = [], []
     for at, row in enumerate(row for row in plan.rows if row.name in rows):
         words = [row.label]
         for column, (name, value) in enumerate(columns.items()):
-            first, rivals = best.get(name, ("", ()))
-            tied = bool(rivals) and row.name in (first, *rivals)
+            groups = best.get(name, [])
+            tied = any(row.name in (first, *rivals) for first, rivals in groups if rivals)
             words.append(_word(_in_units(rows[row.name], value), rows[row.name], name) + ("~" if tied else ""))
-            if first == row.name and not rivals and len(rows) > 1:
+            if len(rows) > len(groups) and (row.name, ()) in groups:
                 bold.append((at, 1 + column))
         lines.append((*words, *(_number(values.get(row.name)) for values in printed.values())))
     one = next(iter(rows.values()))[0]
@@ -78,8 +83,14 @@ def _likelihoods(result: Result, corpus: str, text: Text) -> View:
     )
 
 
+def _groups(plan: Plan, rows: Rows) -> list[Rows]:
+    """Rows that are compared with one another: those of one k, where the table is over k."""
+    ks = dict.fromkeys(row.k for row in plan.rows if row.name in rows)
+    return [{row.name: rows[row.name] for row in plan.rows if row.name in rows and row.k == k} for k in ks]
+
+
 def _served(how: str) -> Value:
-    return lambda one: one.served[how].nats if how in one.served else None
+    return lambda one: one.figures.served[how].nats if how in one.figures.served else None
 
 
 def _title(plan: Plan, corpus: str, text: Text) -> str:
@@ -91,7 +102,7 @@ def _in_units(ones: Sequence[Measured], value: Value) -> Cell | None:
 
     def in_units(one: Measured) -> float | None:
         nats = value(one)
-        return None if nats is None else next(iter(stated(nats, one.unit, one.tokens_per_unit).values()))
+        return None if nats is None else one.figures.stated(nats)
 
     return cell(ones, in_units)
 
@@ -100,12 +111,11 @@ def _word(found: Cell | None, ones: Sequence[Measured], column: str) -> str:
     """1.234 (0.005): mean, and deviation over seeds; of the honest figure also the half of its interval."""
     if found is None:
         return "-"
-    digits = 2 if ones[0].unit == "word" else 3
+    digits = 3 if ones[0].figures.bits else 2
     words = f"{found.value:.{digits}f}"
-    if column == "honest" and any(one.honest_half for one in ones):
-        half = math.hypot(*(one.honest_half for one in ones)) / len(ones) * ones[0].tokens_per_unit
-        scale = found.value if ones[0].unit == "word" else 1 / math.log(2)
-        words += f" ±{half * scale:.{digits}f}"
+    if column == "honest" and any(one.figures.honest.interval for one in ones):
+        halves = [(high - low) / 2 for low, high in (one.figures.honest_interval for one in ones)]
+        words += f" ±{math.hypot(*halves) / len(ones):.{digits}f}"
     return words + ("" if found.deviation is None else f" ({found.deviation:.{digits}f})")
 
 
@@ -130,12 +140,12 @@ def _printed(plan: Plan, corpus: str, text: Text) -> dict[str, dict[str, float]]
 
 
 def _legend(plan: Plan, one: Measured, printed: Mapping[str, object]) -> str:
-    unit = "Perplexity a word" if one.unit == "word" else f"Bits a {one.unit}"
+    unit = f"Bits a {one.figures.unit}" if one.figures.bits else "Perplexity a word"
     words = [f"{unit}, lower is better: the mean over {len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}"]
     words[0] += ", in brackets the deviation." if len(plan.seeds) > 1 else "."
     words.append(
-        f"Of {one.tokens:,} tokens of the test split. Honest: {plan.measurement.positions} positions, each predicted "
-        "from the tokens before it alone, ± the half of the 95 % interval of that sample (none where the "
+        f"Of {one.figures.tokens:,} tokens of the test split. Honest: {plan.measurement.positions} positions, each "
+        "predicted from the tokens before it alone, ± the half of the 95 % interval of that sample (none where the "
         "teacher-forced figure is honest)."
     )
     if one.text == "corrupt":
@@ -150,27 +160,28 @@ def _legend(plan: Plan, one: Measured, printed: Mapping[str, object]) -> str:
     return " ".join(words)
 
 
-def _ranking(best: Mapping[str, tuple[str, tuple[str, ...]]], rows: Rows, plan: Plan) -> str:
-    if len(rows) < 2:
+def _ranking(best: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], rows: Rows, plan: Plan) -> str:
+    if all(len(rows) == len(groups) for groups in best.values()):
         return ""
-    words = []
+    words = ["Rows of one k are compared."] if any(len(groups) > 1 for groups in best.values()) else []
     labels = {row.name: row.label for row in plan.rows}
-    for column, (first, rivals) in best.items():
-        if rivals:
-            words.append(
-                f"By the {column} figure no ranking can be read among {labels[first]} (lowest) and "
-                f"{', '.join(labels[one] for one in rivals)} (marked ~)."
-            )
-        else:
-            words.append(f"By the {column} figure {labels[first]} is lowest, clear of the others.")
+    for column, groups in best.items():
+        for first, rivals in groups:
+            if rivals:
+                words.append(
+                    f"By the {column} figure no ranking can be read among {labels[first]} (lowest) and "
+                    f"{', '.join(labels[one] for one in rivals)} (marked ~)."
+                )
+            else:
+                words.append(f"By the {column} figure {labels[first]} is lowest, clear of the others.")
     seeds = (
         "a part for seeds (Student's t, deviation pooled over rows)"
         if len(plan.seeds) > 1
         else "no part for seeds, since there is one: other seeds may well reverse it"
     )
     words.append(
-        "Bands are of the difference to the lowest row, 95 %: the same tokens paired, blocks of "
-        f"{plan.measurement.block:,} drawn with replacement, and {seeds}."
+        "Bands are of the difference to the lowest row, 95 %: the same tokens paired, blocks of the "
+        f"text drawn with replacement, and {seeds}."
     )
     return " ".join(words)
 
@@ -178,13 +189,13 @@ def _ranking(best: Mapping[str, tuple[str, tuple[str, ...]]], rows: Rows, plan: 
 def _routing(result: Result, corpus: str) -> View:
     plan, rows = result.plan, of(result, corpus, "clean")
     columns: dict[str, tuple[Callable[[Measured], float | None], str]] = {
-        "experts a token": (lambda one: one.experts, ".2f"),
-        "dropped, %": (lambda one: 100 * one.dropped, ".1f"),
-        "load CV": (lambda one: one.load_cv, ".2f"),
-        "MFLOPs a token": (lambda one: one.flops / 1e6, ".2f"),
-        "of those at k=2, %": (lambda one: 100 * one.flops / one.flops_at_2, ".1f"),
+        "experts a token": (lambda one: one.figures.forced.experts, ".2f"),
+        "dropped, %": (lambda one: _percent(one.figures.forced.dropped), ".1f"),
+        "load CV": (lambda one: one.figures.forced.load_cv, ".2f"),
+        "MFLOPs a token": (lambda one: one.figures.forced.flops / 1e6, ".2f"),
+        "of those at k=2, %": (lambda one: _percent(one.figures.forced.relative), ".1f"),
         "steps": (lambda one: one.steps, ",.0f"),
-        "best at": (lambda one: one.best_step, ",.0f"),
+        "best at": (lambda one: one.figures.step, ",.0f"),
         "minutes": (lambda one: one.training_seconds / 60, ".1f"),
     }
     curved = _curve_columns(result, corpus)
@@ -206,6 +217,10 @@ def _routing(result: Result, corpus: str) -> View:
             "other work.",
         ),
     )
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _curve_columns(result: Result, corpus: str) -> dict[str, dict[str, str]]:

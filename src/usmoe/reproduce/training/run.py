@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ class Result:
         return {
             "schema": SCHEMA,
             "plan": self.plan.to_dict(),
-            "rows": [dataclasses.asdict(one) for one in self.rows],
+            "rows": [one.to_dict() for one in self.rows],
             "curves": {name: {what: list(one) for what, one in curve.items()} for name, curve in self.curves.items()},
         }
 
