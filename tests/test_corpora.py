@@ -179,6 +179,7 @@ def test_a_stretch_over_several_files(tmp_path: Path):
     folder(tmp_path, {"a": "0123", "b": "4567", "c": "89"})
     text = Text(parts=tuple(FilePart(tmp_path / f"{name}.txt") for name in "abc"), start=2, stop=9)
     assert b"".join(text.blocks()) == b"2345678"
+    assert b"".join(Text(parts=text.parts, start=1, stop=3).blocks()) == b"12"
 
 
 def test_an_archive_of_one_file_is_read(tmp_path: Path):
@@ -296,6 +297,8 @@ def test_another_text_is_encoded_by_a_given_vocabulary(tmp_path: Path):
     with pytest.raises(ValueError, match="vocabulary_size=5, and the given vocabulary has level=word and 7 tokens"):
         prepare(at(other, level="word", vocabulary_size=5), tmp_path / "cache", vocabulary=given)
     assert prepare(at(other, level="word", vocabulary_size=9), tmp_path / "cache", vocabulary=given).test.size == 4
+    large = Words(("<eos>", "<unk>", "bird", "sat", "the", "x", "AAA"))  # as large as the one before
+    assert prepare(at(other), tmp_path / "cache", vocabulary=large).test.tolist() == [4, 2, 3, 0]
 
 
 def test_only_the_splits_that_are_wanted_are_prepared(tmp_path: Path):
@@ -330,6 +333,15 @@ def test_a_corrupted_training_split_gives_the_vocabulary_of_the_clean_one(tmp_pa
     assert made.vocabulary == prepare(at(place, level="word"), tmp_path / "cache").vocabulary
     assert made.corrupted["train"] == made.train.tolist().count(6) > 0
     assert len(made.train) == 8 + made.corrupted["train"]
+
+
+def test_splits_are_corrupted_each_in_its_own_way(tmp_path: Path):
+    place = folder(tmp_path / "mine", dict.fromkeys(ABC, "a b c d e f g h\n" * 9))
+    corpus = at(place, corrupt_mode="replace", corrupt_rate=0.5, corrupt_splits=["validation", "test"])
+    made = prepare(corpus, tmp_path / "cache")
+    assert made.validation.tobytes() != made.test.tobytes()
+    again = prepare(dataclasses.replace(corpus, corrupt_seed=1), tmp_path / "cache")
+    assert again.test.tobytes() != made.test.tobytes()
 
 
 def test_text8_has_no_A(tmp_path: Path):

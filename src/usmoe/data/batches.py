@@ -75,9 +75,8 @@ class Streams:
         place = step % self.steps_per_epoch
         long = len(self.tokens) // self.batch
         start = place * self.length
-        stop = min(start + self.length, long - 1) + 1
         streams = self.tokens[: long * self.batch].reshape(self.batch, long)
-        return _batch(streams[:, start:stop].astype(np.int64), first=place == 0)
+        return _batch(streams[:, start : start + self.length + 1].astype(np.int64), first=place == 0)
 
 
 @dataclass(frozen=True, eq=False)
