@@ -3,7 +3,7 @@ teacher-forced, by one forward a segment; and honest, by the tokens before each 
 
 from __future__ import annotations
 
-import statistics
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from usmoe import metrics
 from usmoe.data.batches import Batch, Tokens
 from usmoe.models.language import LanguageModel, Memory
 from usmoe.report.estimate import Honest, corrected, drawn
 from usmoe.train.config import Evaluation
 from usmoe.train.reading import deciding, evaluating, forward, part, read
+from usmoe.train.tally import Tally
 from usmoe.types import RouterOutput, is_causal, promises_of
 
 
@@ -75,16 +75,16 @@ def teacher_forced(
     is no number.
     """
     tokens, began = part(tokens, setting), time.perf_counter()
-    tally, rows = _Tally(), []
+    tally, rows = Tally(), []
     with evaluating(model, router):
         for stream in range(min(setting.batch, len(tokens) - 1)) if alone else (None,):
             found, valid = [], []
             for segment in read(model, tokens, setting, window=window, stream=stream, progress=progress):
                 found.append(predicted(model, segment.out.hidden, segment.batch).cpu())
                 valid.append(segment.batch.valid.cpu())
-                tally.count(segment.out.said, segment.batch.valid)
+                tally.count(_of_real(segment.out.said, segment.batch.valid))
             rows.append(torch.cat(found, 1)[torch.cat(valid, 1)])
-    return Forced(nats=finite(torch.cat(rows)), seconds=time.perf_counter() - began, **tally.summary())
+    return Forced(nats=finite(torch.cat(rows)), seconds=time.perf_counter() - began, **tally.figures)
 
 
 def honest(
@@ -198,30 +198,7 @@ def finite(nats: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     return nats
 
 
-class _Tally:
-    """What the routers do, segment by segment, without keeping their Routings."""
-
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._dropped: Tensor | int = 0
-        self._loads: Tensor | int = 0
-
-    def count(self, said: Sequence[RouterOutput], valid: Bool[Tensor, "B L"]) -> None:
-        """Count a segment; what a router gives to padding is left out."""
-        if not said:
-            return
-        real = valid.reshape(-1)
-        counts = torch.stack([metrics.experts_per_token(one.routing, real) for one in said])  # (layers, real tokens)
-        self._tokens += counts.shape[1]
-        self._dropped = self._dropped + (counts == 0).sum(1)
-        self._loads = self._loads + torch.stack([metrics.load(one.routing, real) for one in said])
-
-    def summary(self) -> dict[str, float | None]:
-        """The fields of Forced that come from the Routings."""
-        if not isinstance(self._loads, Tensor) or not isinstance(self._dropped, Tensor):
-            return {"experts": None, "dropped": None, "load_cv": None}
-        return {
-            "experts": self._loads.sum(1).double().mean().item() / self._tokens,
-            "dropped": self._dropped.double().mean().item() / self._tokens,
-            "load_cv": statistics.fmean(map(metrics.variation, self._loads)),
-        }
+def _of_real(said: Sequence[RouterOutput], valid: Bool[Tensor, "B L"]) -> list[RouterOutput]:
+    """The same, padding left out of every count, also for a router of one's own that does not say what is padding."""
+    real = valid.reshape(-1)
+    return [dataclasses.replace(one, routing=dataclasses.replace(one.routing, valid=real)) for one in said]
