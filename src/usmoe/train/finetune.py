@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from usmoe.data import vocabulary as vocabularies
-from usmoe.data.classification import Classification, Examples, classification
+from usmoe.data.classification import PARTS, Classification, Examples, classification
 from usmoe.data.vocabulary import Vocabulary
 from usmoe.layers.balance import balance_loss
 from usmoe.models.flops import flops
@@ -89,29 +89,30 @@ def finetune(
     start, said = start_of(Path(checkpoint), which)
     task = classification(config.data, data, offline=offline)
     config = resolved(config, start, device)
-    with run.locked(), torch.random.fork_rng(), stoppable() as stop:
-        if run.begun and anew:
-            for name in FILES:
-                (run.path / name).unlink(missing_ok=True)
-        if run.begun:
-            run.refuse_differences(_begun(run), _compared(config, said, task), UNREAD)
-            if (run.path / "result.json").is_file():
-                return Scored.load(run.path / "result.json")
+    with torch.random.fork_rng(), stoppable() as stop:
         torch.manual_seed(config.seed)
         model = classifier_of(config, start, len(task.classes)).to(device)
-        texts = {name: _texts(getattr(task, name), start.vocabulary, config) for name in ("train", "validation")}
-        if not run.begun:
-            _begin(run, config, said, task, start.vocabulary)
-        loop = _Loop(config, run, task, model, texts)
-        loop.go(stop, progress=progress)
-        return _tested(loop, _texts(task.test, start.vocabulary, config), said, stop)
+        texts = {name: _texts(getattr(task, name), start.vocabulary, config) for name in PARTS}
+        with run.locked():
+            if run.begun and anew:
+                for name in FILES:
+                    (run.path / name).unlink(missing_ok=True)
+            if run.begun:
+                run.refuse_differences(_begun(run), _compared(config, said, task), UNREAD)
+                if (run.path / "result.json").is_file():
+                    return Scored.load(run.path / "result.json")
+            else:
+                _begin(run, config, said, task, start.vocabulary)
+            loop = _Loop(config, run, task, model, texts)
+            loop.go(stop, progress=progress)
+            return _tested(loop, said, stop)
 
 
 def _texts(examples: Examples, vocabulary: Vocabulary, config: FinetuneConfig) -> Texts:
     try:
         return Texts(vocabulary, examples.texts, config.length)
     except ValueError as error:
-        raise ValueError(f"The checkpoint's vocabulary does not fit {examples.rows}. {error}") from error
+        raise ValueError(f"The checkpoint's vocabulary does not fit these texts, as {error}") from error
 
 
 def _begin(
@@ -244,7 +245,7 @@ class _Loop:
             kept = f"the last good checkpoint is {self.run.checkpoint}, of step {self.run.read()['step']}"
         rows = ", ".join(str(row + 1) for row in sorted(batch.rows.tolist()))
         return (
-            f"{what} at step {self.step}, on the training rows {rows}; {kept}. Give a smaller lr, a clip, or "
+            f"{what} at step {self.step}, on the texts {rows} of training; {kept}. Give a smaller lr, a clip, or "
             "precision=float32."
         )
 
@@ -288,9 +289,9 @@ class _Loop:
         restore_random_states(state, self.device)
 
 
-def _tested(loop: _Loop, texts: Texts, start: dict[str, Any], stop: threading.Event) -> Scored:
+def _tested(loop: _Loop, start: dict[str, Any], stop: threading.Event) -> Scored:
     """The best epoch's model on the test rows: the result, which is written."""
-    config, task, run, best = loop.config, loop.task, loop.run, loop.best
+    config, task, run, best, texts = loop.config, loop.task, loop.run, loop.best, loop.texts["test"]
     assert best is not None
     assert config.model is not None
     read_weights(loop.model, run.path / "best.safetensors")
@@ -301,7 +302,7 @@ def _tested(loop: _Loop, texts: Texts, start: dict[str, Any], stop: threading.Ev
         raise KeyboardInterrupt(f"All steps are saved in {run.path}; --resume tests the best epoch.") from None
     said = answers.classes.numpy()
     found = agreement(task.test.labels, said, len(task.classes))
-    parts = {"train": task.train, "validation": task.validation, "test": task.test}
+    parts: dict[str, Examples] = {name: getattr(task, name) for name in PARTS}
     moe, pairs = loop.model.body.moe_layers, answers.routed["experts"] or 0.0
     longest = round(float((texts.lengths**2).sum() / texts.lengths.sum()))  # of the text that a token stands in
     scored = Scored(

@@ -37,16 +37,16 @@ class Texts:
     """
 
     def __init__(self, vocabulary: Vocabulary, texts: Sequence[str], length: int) -> None:
-        """Raises ValueError, with its row, for a text that the vocabulary cannot encode."""
+        """Raises ValueError, with its beginning, for a text that the vocabulary cannot encode."""
         nothing = vocabulary.encode("\n" if "\n" in getattr(vocabulary, "alphabet", "\n") else " ")[:1]
         self.tokens: list[Int[np.ndarray, "tokens"]] = []
         self.cut = 0
         """How many were longer."""
-        for row, text in enumerate(texts, 1):
+        for text in texts:
             try:
                 found = vocabulary.encode(text)
             except ValueError as error:
-                raise ValueError(f"Text {row:,}: {error}") from error
+                raise ValueError(f"{text[:40]!r}: {error}") from error
             self.cut += len(found) > length
             self.tokens.append(found[:length] if len(found) else nothing)
         self.lengths = np.array([len(one) for one in self.tokens])
