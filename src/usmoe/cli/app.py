@@ -10,6 +10,7 @@ import typer
 from usmoe.cli.demo import demo
 from usmoe.cli.embed import embed
 from usmoe.cli.eval import evaluate
+from usmoe.cli.finetune import finetune
 from usmoe.cli.info import info
 from usmoe.cli.patch import patch
 from usmoe.cli.reproduce import reproduce
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, info, route, patch, tune, embed, train):
+for command in (demo, info, route, patch, tune, embed, train, finetune):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command()(reproduce)
