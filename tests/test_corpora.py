@@ -438,7 +438,7 @@ def test_a_corpus_of_the_hub_is_loaded_as_it_is_published(tmp_path: Path, monkey
     assert not capsys.readouterr().err
 
 
-def test_an_archive_is_downloaded_where_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_archive_is_downloaded_where_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     datasets = pytest.importorskip("datasets")
     with zipfile.ZipFile(tmp_path / "0123abcd", "w") as packed:
         packed.writestr("enwik8", "y" * 100)
@@ -449,6 +449,22 @@ def test_an_archive_is_downloaded_where_it_is_published(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(datasets.DownloadManager, "download", download)
     assert prepare(Corpus(source="enwik8"), tmp_path / "cache").units == {"train": 90, "validation": 5, "test": 5}
+    assert capsys.readouterr().err == "enwik8: downloading http://mattmahoney.net/dc/enwik8.zip, about 36 MB.\n"
+
+
+def test_lm1b_is_downloaded_as_the_hub_converted_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(place: str, configuration: str | None, *, data_files, revision: str, split: str):
+        assert (place, configuration) == ("billion-word-benchmark/lm1b", None)
+        assert (revision, data_files[split]) == ("refs/convert/parquet", f"plain_text/{split}/*.parquet")
+        return datasets.Dataset.from_dict({"text": [f"{split} {number:02} ." for number in range(50)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    made = prepare(Corpus(source="lm1b", level="byte"), tmp_path)
+    assert made.test.tobytes() == b"test 00 .\n"
+    assert made.validation.tobytes() == b"test 01 .\n"
+    assert made.train.tobytes().startswith(b"train 00 .\ntrain 01 .\n")
 
 
 def test_a_failed_download_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

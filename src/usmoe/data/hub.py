@@ -108,4 +108,5 @@ def hub_parts(corpus: str) -> dict[str, tuple[Part, ...]]:
 def announce(corpus: str) -> None:
     """Say on stderr what is about to be downloaded, and how large it is."""
     there = PUBLISHED[corpus]
-    print(f"{corpus}: downloading {' '.join(there.names[0].split(':'))}, about {there.size}.", file=sys.stderr)  # noqa: T201
+    place = f"{there.place} {there.configuration}".rstrip()
+    print(f"{corpus}: downloading {place}, about {there.size}.", file=sys.stderr)  # noqa: T201

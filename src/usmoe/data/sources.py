@@ -67,7 +67,7 @@ class Source:
             shares = (1 - sum(corpus.split), corpus.split[0])
             return _chosen(dict(zip(SPLITS, cut(splits["whole"], shares, corpus.reads), strict=True)), wanted)
         if "validation" in set(self.all_splits) - set(splits):
-            test, validation, _ = cut(splits["test"], (1 / _HELD_OUT, 1 / _HELD_OUT), corpus.reads)
+            test, validation, _ = cut(splits["test"], (1 / _HELD_OUT, 1 / _HELD_OUT), "word")  # whole lines
             splits |= {"test": test, "validation": validation}
         missing = [split for split in wanted if split not in splits]
         if missing:
