@@ -141,17 +141,17 @@ def test_what_the_routers_do_is_counted_over_all_segments_without_padding():
     assert forced.load_cv == pytest.approx(spread.mean().item())
 
 
-def first_expert(logits, valid=None, **given):
-    """A router of one's own, which does not say what is padding and gives it experts too."""
+def only_the_first_token(logits, valid=None, **given):
+    """A router of one's own, which does not say what is padding."""
     mask = torch.zeros_like(logits, dtype=torch.bool)
-    mask[..., 0] = True
+    mask[:, 0, 0] = True
     return Routing.from_dense(logits.sigmoid(), mask)
 
 
 def test_padding_is_not_counted_for_a_router_of_ones_own():
-    """5 targets in two streams of 2 and 3: one place is padding."""
-    forced = teacher_forced(tiny(first_expert), text(6), Evaluation(batch=2, segment=4, memory=0))
-    assert (forced.tokens, forced.experts, forced.dropped) == (5, 1.0, 0.0)
+    """5 targets in two streams of 2 and 3: one place of six is padding."""
+    forced = teacher_forced(tiny(only_the_first_token), text(6), Evaluation(batch=2, segment=4, memory=0))
+    assert (forced.tokens, forced.experts, forced.dropped) == (5, 2 / 5, 3 / 5)
 
 
 def test_another_router_for_one_reading():
