@@ -79,15 +79,20 @@ def test_the_first_of_the_best_epochs_is_tested(checkpoint: Path, keyword: Path,
             models.append({n: t.clone() for n, t in loop.model.state_dict().items()}) or select(loop, *rest)
         ),
     )
+
+    def watched(model, texts, *rest, **more):
+        read.append((len(texts), model.head[0].weight.clone()))
+        return classify(model, texts, *rest, **more)
+
     for module in (finetune_module, finetune_loop):
-        monkeypatch.setattr(
-            module, "classify", lambda model, texts, *rest, **more: read.append(texts) or classify(model, texts, *rest)
-        )
+        monkeypatch.setattr(module, "classify", watched)
     said = finetune(config_of(keyword, epochs=4), tmp_path / "run", checkpoint=checkpoint, progress=False)
     assert said.best.epoch == 2
     tested = load_file(tmp_path / "run" / "best.safetensors")
     assert all(torch.equal(tested[name], models[1][name]) for name in tested)
-    assert [len(texts) for texts in read] == [14] * 4 + [16]
+    assert [number for number, _ in read] == [14] * 4 + [16]
+    assert torch.equal(read[-1][1], models[1]["head.0.weight"])
+    assert not torch.equal(read[-1][1], models[3]["head.0.weight"])
 
 
 def test_steps_are_a_limit_within_an_epoch(checkpoint: Path, keyword: Path, tmp_path: Path):

@@ -110,6 +110,7 @@ def test_a_signal_loses_nothing(checkpoint: Path, keyword: Path, tmp_path: Path,
         with pytest.raises(KeyboardInterrupt, match=sentence):
             finetune(config, tmp_path / "stopped", checkpoint=checkpoint, progress=False)
     assert not (tmp_path / "stopped" / "result.json").exists()
+    assert RunFolder(tmp_path / "stopped").read()["step"] == {"learning": 21, "selection": 17, "test": 34}[place]
     finetune(config, tmp_path / "stopped", checkpoint=checkpoint, resume=True, progress=False)
     same(tmp_path / "whole", tmp_path / "stopped")
 
