@@ -133,6 +133,7 @@ CHOOSES_BY_K = [
     router
     for router in ALL_ROUTERS
     if getattr(plain(router), "threshold", None) is None
+    and plain(router).name != "relu_choice"
     and (getattr(plain(router), "per_token", None) or (0, 3))[1] >= 3
 ]
 

@@ -55,6 +55,15 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Of --lm-eval: samples a task, at most.", min=1)] = None,
     fewshot: Annotated[int, typer.Option(help="Of --lm-eval: solved examples before each question.", min=0)] = 0,
     include: Annotated[Path | None, typer.Option(help="Of --lm-eval: a folder of task files of your own.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Of a run of usmoe train: another text than its own test split.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a run: test, validation or train.")] = "test",
+    positions: Annotated[int, typer.Option(help="Of a run: sampled for the honest figure.", min=1)] = 200,
+    serve_k: Annotated[
+        float | None, typer.Option("--serve-k", help="Of a run: serve it by a threshold at so many experts, too.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of a run: of the split, from its beginning.", min=2)] = None,
     data: Annotated[
         Path | None, typer.Option(help="A folder of local data sets, in the hub's columns, in place of the hub.")
     ] = None,
@@ -74,17 +83,28 @@ def evaluate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Score a model's embeddings with mteb, or the model itself with lm-eval, under one router or several.
+    """Score a model's embeddings with mteb, or the model itself with lm-eval, under one router or several; or a run of
+    usmoe train by how well it predicts its test split: teacher-forced, honest, and served by causal routers.
 
     Every router is taken with every prompt and every embedding. What is finished is kept in --results: the same command
     goes on where it was stopped. For the paper's models the paper's figures stand under ours.
 
     Examples: usmoe eval shipped --tasks STS12,STSBenchmark --routers "own,usmoe(alpha=0.5)" --embeddings hidden,moee
-    --data DIR; usmoe eval allenai/OLMoE-1B-7B-0924 --lm-eval arc_challenge
+    --data DIR; usmoe eval allenai/OLMoE-1B-7B-0924 --lm-eval arc_challenge; usmoe eval usmoe-runs/book
     """
+    if (Path(model) / "vocabulary.json").is_file():
+        page = options.output_path(markdown, force, "--markdown")
+        _of_run(Path(model), text, split, positions, serve_k, tokens, data, page, seed, device, offline, as_json)
+        return
     named, language = options.listed(tasks or ()), options.listed(lm_eval or ())
     if not named and not language:
-        raise typer.BadParameter("Give --tasks, such as STS12 or paper, or --lm-eval, such as arc_challenge")
+        raise typer.BadParameter(
+            "Give --tasks, such as STS12 or paper, or --lm-eval, such as arc_challenge; or the folder of a run"
+        )
+    if (text, split, positions, serve_k, tokens) != (None, "test", 200, None, None):
+        raise typer.BadParameter(
+            f"--text, --split, --positions, --serve-k and --tokens are of runs, and {model} is none"
+        )
     if not language and (scoring, limit, fewshot, include) != ("honest", None, 0, None):
         raise typer.BadParameter("--scoring, --limit, --fewshot and --include belong to --lm-eval, which is not given")
     of_embeddings = (embeddings, prompts, pooling, moee, w, router_features, instructions, standardize, max_length)
@@ -144,6 +164,44 @@ def evaluate(
     finally:
         if page is not None:
             page.write_text("\n".join(map(as_markdown, shown)), encoding="utf-8")
+
+
+def _of_run(
+    folder: Path,
+    text: Path | None,
+    split: str,
+    positions: int,
+    k: float | None,
+    tokens: int | None,
+    data: Path | None,
+    page: Path | None,
+    seed: int,
+    device: str,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    from usmoe.cli.likelihood import figures_of_run, view_of
+    from usmoe.reproduce.view import as_markdown
+
+    figures = figures_of_run(
+        folder,
+        text=text,
+        split=split,
+        positions=positions,
+        k=k,
+        tokens=tokens,
+        data=data,
+        seed=seed,
+        device=device,
+        offline=offline,
+    )
+    view = view_of(figures, folder)
+    if page is not None:
+        page.write_text(as_markdown(view), encoding="utf-8")
+    if as_json:
+        options.write_json(figures.to_dict())
+    else:
+        print_view(view)
 
 
 def _tell(score: Score) -> None:

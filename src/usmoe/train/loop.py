@@ -67,7 +67,7 @@ def train(
     cache    where prepared corpora are kept, for other runs too
     data     a folder of local corpora in place of the hub
     resume   go on with the run in the folder; where there is none, begin
-    seconds  stop after so long, with a checkpoint
+    seconds  stop after the step that ends so long from now, with a checkpoint
     router   an object in place of the configuration's text: it must be the same one at each resume
 
     Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt. Raises ValueError for bad
@@ -162,13 +162,13 @@ class _Loop:
         try:
             while self.step < self.config.steps:
                 self.spent = before + time.monotonic() - began
-                if stop.is_set() or (seconds is not None and self.spent - before >= seconds):
-                    break
                 self._advance(log)
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                     self.spent = before + time.monotonic() - began
                     self._save()
                     saved = self.step
+                if stop.is_set() or (seconds is not None and time.monotonic() - began >= seconds):
+                    break
             if saved != self.step:
                 self._save()
         finally:

@@ -29,7 +29,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def optimisers_of(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Adam as in the paper (weight decay, where there is any, goes into the gradient); AdamW, whose decay leaves norms
     and biases alone; or Muon for the matrices of attention and experts, with AdamW for the rest."""
-    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    parameters = dict(model.named_parameters())
     if config.optimizer == "adam":
         adam = torch.optim.Adam(
             parameters.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
