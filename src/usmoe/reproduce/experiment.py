@@ -10,12 +10,10 @@ from typing import Literal
 
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = ("small", "paper")
-KindName = Literal["embeddings", "training"]
+KindName = Literal["embeddings", "training", "finetuning", "settings"]
 
-_SCRATCH = "training from scratch"
 _VISION = "training on images"
 _TUNING = "supervised fine-tuning"
-_PRESETS = "training from scratch, as named presets"
 _MAPS = "analysis of pretrained models"
 
 
@@ -83,10 +81,10 @@ _ALL = (
     _built("table10", "a pool of a sequence or of a batch", "whether sequences should compete with one another"),
     _built("table11", "the share alpha of the expert score", "what the expert score adds"),
     _built("table12", "pre-training of large models", "whether the order stays at 420M parameters", "training"),
-    _later("table13", "fine-tuning for classification", "what pre-training by each rule is worth", _SCRATCH),
+    _built("table13", "fine-tuning for classification", "what pre-training by each rule is worth", "finetuning"),
     _built("table14", "pre-training against five baselines", "Table 2 against more token-choice rules", "training"),
-    _later("table15", "settings of pre-training", "the presets of Tables 2, 12 and 14", _PRESETS),
-    _later("table16", "settings of fine-tuning", "the presets of Table 13", _PRESETS),
+    _built("table15", "settings of pre-training", "the presets of Tables 2, 12 and 14", "settings"),
+    _built("table16", "settings of fine-tuning", "the presets of Table 13", "settings"),
     _later("figure1", "images: patches coloured by expert", "what each rule tells apart in an image", _VISION),
     _later("figure2", "drawing of the three selections", "nothing measured; `usmoe route` draws it", _MAPS),
     _built("figure3", "unified score, softmax and sigmoid on MTEB", "which score does best, with and without prompts"),

@@ -141,6 +141,10 @@ def kind_of(experiment: Experiment) -> Kind:
         from usmoe.reproduce.embeddings import kind
     elif experiment.kind == "training":
         from usmoe.reproduce.training import kind
+    elif experiment.kind == "finetuning":
+        from usmoe.reproduce.finetuning import kind
+    elif experiment.kind == "settings":
+        from usmoe.reproduce import settings as kind
     else:
         raise ValueError(f"{experiment.name} is not built yet: it comes with {experiment.waits_for}.")
     return kind

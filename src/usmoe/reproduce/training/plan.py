@@ -12,7 +12,7 @@ from usmoe.data.corrupt import Mode
 from usmoe.reproduce.experiment import Experiment, Scale
 from usmoe.reproduce.kind import Asked
 from usmoe.reproduce.training.runs import SEEDS, SMALL, Run
-from usmoe.reproduce.training.study import STUDIES, Study, Text, own
+from usmoe.reproduce.training.study import STUDIES, Row, Study, Text, own
 from usmoe.train.config import Evaluation, TrainConfig
 
 
@@ -113,11 +113,12 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
         raise ValueError(f"--dtype {asked.dtype} is no precision of training. Choose float32 or bfloat16.")
     study = STUDIES[experiment.name]
     known = {row.name: row for row in study.rows}
-    rows = [known[name] for name in _some(asked.rows, list(known), "row", experiment)]
+    rows = [known[name] for name in some_of(asked.rows, list(known), "row", experiment)]
     rows += [own(router) for router in asked.routers]
-    corpora = _some(asked.corpora, study.corpora_at(asked.scale), "corpus", experiment)
+    corpora = some_of(asked.corpora, study.corpora_at(asked.scale), "corpus", experiment)
     absent = _absent(study, corpora, asked)
-    left_out = {name: "not asked for" for name in study.corpora_at(asked.scale) if name not in corpora} | absent
+    left_out = {name: "not asked for" for name in study.corpora_at(asked.scale) if name not in corpora}
+    left_out |= dict.fromkeys(absent, "not in the folder of data")
     there = tuple(name for name in corpora if name not in absent)
     if not there:
         raise ValueError(
@@ -128,9 +129,7 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     return Plan(
         experiment=experiment.name,
         scale=asked.scale,
-        rows=tuple(
-            PlannedRow(name=row.name, label=row.label, paper=row.paper, k=row.k, note=row.method.note) for row in rows
-        ),
+        rows=tuple(map(planned, rows)),
         corpora=there,
         texts=study.texts,
         seeds=seeds,
@@ -144,6 +143,20 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     )
 
 
+def planned(row: Row) -> PlannedRow:
+    """A row as it is saved."""
+    return PlannedRow(name=row.name, label=row.label, paper=row.paper, k=row.k, note=row.method.note)
+
+
+def about(rows: Sequence[PlannedRow]) -> tuple[str, ...]:
+    """What was decided of each method, once where several rows are of one."""
+    said: dict[str, str] = {}
+    for row in rows:
+        if row.note:
+            said.setdefault(row.note, row.label)
+    return tuple(f"{label}: {note}" for note, label in said.items())
+
+
 def _base(study: Study, corpus: str, asked: Asked) -> TrainConfig:
     base = study.base(corpus, asked.scale, asked.steps)
     if base.warmup > base.steps:
@@ -151,7 +164,7 @@ def _base(study: Study, corpus: str, asked: Asked) -> TrainConfig:
     return base if asked.dtype is None else base.replace(precision=asked.dtype)
 
 
-def _some(given: Sequence[str], known: Sequence[str], what: str, experiment: Experiment) -> tuple[str, ...]:
+def some_of(given: Sequence[str], known: Sequence[str], what: str, experiment: Experiment) -> tuple[str, ...]:
     """All that are known, or those of them that are given, in their order."""
     for name in given:
         if name not in known:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from usmoe.reproduce.experiment import EXPERIMENTS
 from usmoe.reproduce.figures import paper_figures
-from usmoe.reproduce.training.compare import Cell, Value, cell, honest, ranked, teacher_forced
+from usmoe.reproduce.paired import Sample, ranked
+from usmoe.reproduce.training.compare import Cell, Value, cell, honest, teacher_forced
 from usmoe.reproduce.training.measure import Measured
-from usmoe.reproduce.training.plan import Plan
+from usmoe.reproduce.training.plan import Plan, about
 from usmoe.reproduce.training.run import Result
 from usmoe.reproduce.training.study import PAPER_CORPORA, Text
 from usmoe.reproduce.view import View
@@ -34,7 +35,7 @@ def views(result: Result) -> list[View]:
     last = found.pop()
     notes = () if plan.study.figures is None else paper_figures(plan.study.figures).notes
     says = (*last.says, *plan.study.says)
-    return [*found, dataclasses.replace(last, says=says, about=_about(plan), differs=differs(result), notes=notes)]
+    return [*found, dataclasses.replace(last, says=says, about=about(plan.rows), differs=differs(result), notes=notes)]
 
 
 def of(result: Result, corpus: str, text: Text) -> Rows:
@@ -48,7 +49,10 @@ def of(result: Result, corpus: str, text: Text) -> Rows:
 
 def _likelihoods(result: Result, corpus: str, text: Text) -> View:
     plan, rows = result.plan, of(result, corpus, text)
-    columns: dict[str, Value] = {"teacher-forced": teacher_forced, "honest": honest}
+    columns: dict[str, Value] = {
+        "teacher-forced": lambda one: one.figures.forced.nats,
+        "honest": lambda one: one.figures.honest.nats,
+    }
     for how in dict.fromkeys(how for ones in rows.values() for one in ones for how in one.figures.served):
         columns[how] = _served(how)
     others: dict[str, Value] = {
@@ -59,7 +63,8 @@ def _likelihoods(result: Result, corpus: str, text: Text) -> View:
     every = [one for ones in rows.values() for one in ones]
     columns |= {name: value for name, value in others.items() if any(value(one) is not None for one in every)}
     best = {
-        name: [ranked(group, columns[name]) for group in _groups(plan, rows)] for name in ("teacher-forced", "honest")
+        name: [_ranked(group, sample) for group in _groups(plan, rows)]
+        for name, sample in (("teacher-forced", teacher_forced), ("honest", honest))
     }
     printed = _printed(plan, corpus, text)
     lines, bold = [], []
@@ -87,6 +92,11 @@ def _groups(plan: Plan, rows: Rows) -> list[Rows]:
     """Rows that are compared with one another: those of one k, where the table is over k."""
     ks = dict.fromkeys(row.k for row in plan.rows if row.name in rows)
     return [{row.name: rows[row.name] for row in plan.rows if row.name in rows and row.k == k} for k in ks]
+
+
+def _ranked(group: Rows, sample: Callable[[Sequence[Measured]], Sample]) -> tuple[str, tuple[str, ...]]:
+    counts = next(iter(group.values()))[0].figures.forced.counts
+    return ranked({name: sample(ones) for name, ones in group.items()}, counts)
 
 
 def _served(how: str) -> Value:
@@ -188,7 +198,7 @@ def _ranking(best: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], rows: Ro
 
 def _routing(result: Result, corpus: str) -> View:
     plan, rows = result.plan, of(result, corpus, "clean")
-    columns: dict[str, tuple[Callable[[Measured], float | None], str]] = {
+    columns: dict[str, tuple[Value, str]] = {
         "experts a token": (lambda one: one.figures.forced.experts, ".2f"),
         "dropped, %": (lambda one: _percent(one.figures.forced.dropped), ".1f"),
         "load CV": (lambda one: one.figures.forced.load_cv, ".2f"),
@@ -248,15 +258,6 @@ def curves(result: Result, corpus: str) -> dict[str, dict[str, tuple[list[float]
     return found
 
 
-def _about(plan: Plan) -> tuple[str, ...]:
-    """What was decided of each method, once where several rows are of one."""
-    said: dict[str, str] = {}
-    for row in plan.rows:
-        if row.note:
-            said.setdefault(row.note, row.label)
-    return tuple(f"{label}: {note}" for note, label in said.items())
-
-
 def differs(result: Result) -> tuple[str, ...]:
     """What is not as in the paper, a sentence each."""
     plan = result.plan
@@ -277,7 +278,7 @@ def differs(result: Result) -> tuple[str, ...]:
             f"Steps: {config.steps:,} of {config.batch} x {config.segment} tokens ({tokens / 1e6:.2f} M), the same for "
             f"every row, in place of 100,000; learning rate {config.lr:g}, warm-up {config.warmup}."
         )
-    said += [f"Without {name}: {why.rstrip('.')}." for name, why in plan.left_out.items()]
+    said += [f"Without {', '.join(plan.left_out)}."] if plan.left_out else []
     measured = plan.measurement.evaluation
     said.append(
         f"Measured in {measured.batch} streams of {measured.segment} tokens with {measured.memory} of memory; the "

@@ -70,9 +70,9 @@ def small_run(corpus: str, method: str, seed: int, *, k: float | None = None, st
     return Run(corpus=corpus, row=method if k is None else f"{method}-k{k:g}", config=config)
 
 
-def digest(config: TrainConfig) -> str:
-    """Eight hexadecimal digits of a sha256 over the fields that are not at their default: a field that is added later
-    changes no digest."""
+def digest(config: Any) -> str:
+    """Eight hexadecimal digits of a sha256 over the fields of a configuration that are not at their default: a field
+    that is added later changes no digest."""
     return hashlib.sha256(json.dumps(_given(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
