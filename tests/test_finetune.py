@@ -226,6 +226,16 @@ def test_the_command_refuses_in_one_line(command, checkpoint: Path, keyword: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_says_how_to_go_on_where_it_was_stopped(command, checkpoint: Path, keyword: Path, monkeypatch):
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("step 3 of 9 is saved; --resume goes on.")
+
+    monkeypatch.setattr(finetune_module, "finetune", stopped)
+    status, out, err = command(checkpoint, keyword, "-o", "never")
+    assert (status, out) == (130, "")
+    assert "usmoe: stopped; step 3 of 9 is saved; --resume goes on." in err
+
+
 # real data
 
 

@@ -112,22 +112,14 @@ def finetune(
     folder = run or _fresh(checkpoint, texts)
     keep_memory()
     found: list[Scored] = []
+    shared: dict[str, Any] = dict(checkpoint=checkpoint, which=which, data=data, offline=offline, device=device)
     for number in range(seed, seed + seeds):
         place = folder if seeds == 1 else folder / f"seed-{number}"
         _announce(config, place, number)
-        found.append(
-            go(
-                config.replace(seed=number),
-                place,
-                checkpoint=checkpoint,
-                which=which,
-                data=data,
-                offline=offline,
-                device=device,
-                resume=resume,
-                anew=force,
-            )
-        )
+        try:
+            found.append(go(config.replace(seed=number), place, resume=resume, anew=force, **shared))
+        except KeyboardInterrupt as stop:  # which typer would end without a word
+            raise typer.Abort(*stop.args) from stop
     if as_json:
         options.write_json({"run": str(folder), "seeds": [one.to_dict() for one in found], **_summary(found)})
     else:

@@ -67,5 +67,5 @@ class Log:
             self._writer.close()
 
 
-SHOWN = ("loss", "bits", "perplexity", "experts", "dropped", "load_cv", "tokens_per_second", "validation")
+SHOWN = ("loss", "bits", "perplexity", "experts", "dropped", "load_cv", "tokens_per_second", "validation", "accuracy")
 """What stands behind the bar, beside the rate and the remaining time."""
