@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import usmoe
+from usmoe.hf.patch import patch
 from usmoe.models.config import LanguageConfig
 from usmoe.models.language import LanguageModel
 from usmoe.report.whole import whole_folder
@@ -73,7 +73,7 @@ def as_olmoe(model: LanguageModel, *, context: int, k: int = 2) -> Any:
     routers = [_spelt_out(router) for router in routers]
     own = TokenChoice(k=k)
     if any(router != own for router in routers):
-        usmoe.patch(theirs, [OwnChoice() if router == own else router for router in routers])
+        patch(theirs, [OwnChoice() if router == own else router for router in routers])
     return theirs
 
 
