@@ -8,20 +8,22 @@ from collections.abc import Mapping, Sequence
 from usmoe.reproduce.experiment import EXPERIMENTS
 from usmoe.reproduce.figures import paper_figures
 from usmoe.reproduce.finetuning.plan import Plan
-from usmoe.reproduce.finetuning.run import Result, Tested
+from usmoe.reproduce.finetuning.run import Answered, Result
 from usmoe.reproduce.finetuning.study import TASKS
 from usmoe.reproduce.paired import Sample, ranked
 from usmoe.reproduce.training.plan import about
 from usmoe.reproduce.view import View
 
-Rows = Mapping[str, Sequence[Tested]]
+Rows = Mapping[str, Sequence[Answered]]
 """Classifiers of a data set by row, one a seed."""
+
+BLOCKS = 2000
+"""Of test rows, at most: what is drawn with replacement for a band."""
 
 
 def views(result: Result) -> list[View]:
     """A table for each text that the models were pre-trained on: a row a method, a column a data set."""
-    found = [_accuracies(result, corpus) for corpus in result.plan.corpora]
-    return found
+    return [_accuracies(result, corpus) for corpus in result.plan.corpora]
 
 
 def _accuracies(result: Result, corpus: str) -> View:
@@ -65,7 +67,7 @@ def _accuracies(result: Result, corpus: str) -> View:
 
 
 def _of(result: Result, corpus: str, task: str) -> Rows:
-    found: dict[str, list[Tested]] = {row.name: [] for row in result.plan.rows}
+    found: dict[str, list[Answered]] = {row.name: [] for row in result.plan.rows}
     for one in result.rows:
         if (one.corpus, one.task) == (corpus, task):
             found[one.row].append(one)
@@ -73,24 +75,28 @@ def _of(result: Result, corpus: str, task: str) -> Rows:
 
 
 def _ranked(rows: Rows) -> tuple[str, tuple[str, ...]]:
-    """By the share of test rows that are wrong, row by row."""
+    """By the share of test rows that are wrong, over the same rows; of many, neighbours make a block."""
     samples = {}
+    number = len(next(iter(rows.values()))[0].right)
+    starts = range(0, number, -(-number // BLOCKS))
+    ends = [*starts[1:], number]
     for name, ones in rows.items():
-        wrong = [[one == "0" for one in tested.right] for tested in ones]
+        wrong = [[one.right.count("0", start, end) for start, end in zip(starts, ends, strict=True)] for one in ones]
         samples[name] = Sample(
-            values=tuple(map(statistics.fmean, wrong)), sums=tuple(map(statistics.fmean, zip(*wrong, strict=True)))
+            values=tuple(sum(blocks) / number for blocks in wrong),
+            sums=tuple(map(statistics.fmean, zip(*wrong, strict=True))),
         )
-    return ranked(samples, [1] * len(next(iter(samples.values())).sums))
+    return ranked(samples, [end - start for start, end in zip(starts, ends, strict=True)])
 
 
-def _word(ones: Sequence[Tested]) -> str:
+def _word(ones: Sequence[Answered]) -> str:
     """81.5 (0.4): per cent, mean and deviation over seeds."""
     values = [100 * one.scored.accuracy for one in ones]
     words = f"{statistics.fmean(values):.1f}"
     return words + (f" ({statistics.stdev(values):.1f})" if len(values) > 1 else "")
 
 
-def _mean(ones: Sequence[Tested], what: str, factor: float, form: str) -> str:
+def _mean(ones: Sequence[Answered], what: str, factor: float, form: str) -> str:
     values = [getattr(one.scored, what) for one in ones]
     return "-" if None in values else f"{factor * statistics.fmean(values):{form}}"
 

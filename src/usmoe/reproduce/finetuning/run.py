@@ -17,7 +17,7 @@ FINETUNED = "finetuned"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tested:
+class Answered:
     """One row of a result: a classifier on the test rows of its data set."""
 
     corpus: str
@@ -34,11 +34,11 @@ class Tested:
         return fields | {"scored": self.scored.to_dict()}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Tested:
+    def from_dict(data: Mapping[str, Any]) -> Answered:
         """What `to_dict` made."""
         fields: dict[str, Any] = dict(data)
         fields["scored"] = Scored.from_dict(data["scored"])
-        return Tested(**fields)
+        return Answered(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Result:
     """What came out of a plan."""
 
     plan: Plan
-    rows: tuple[Tested, ...]
+    rows: tuple[Answered, ...]
     """Of each run of the plan, in its order."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Result:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Result:
         """What `to_dict` made."""
-        return Result(plan=Plan.from_dict(data["plan"]), rows=tuple(map(Tested.from_dict, data["rows"])))
+        return Result(plan=Plan.from_dict(data["plan"]), rows=tuple(map(Answered.from_dict, data["rows"])))
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
     *,
     offline: bool = False,
     done: Callable[[str], None] = lambda word: None,
-    test: Callable[..., Tested] | None = None,
+    test: Callable[..., Answered] | None = None,
 ) -> Result:
     """Train every model that is not there yet, fine-tune and test it. What was stopped goes on.
 
@@ -87,7 +87,7 @@ def run(
 
 def tested(
     one: FinetuneRun, folder: Path, checkpoint: Path, *, data: Path | None, offline: bool, device: str
-) -> Tested:
+) -> Answered:
     """The figures of a classifier, which is fine-tuned where it is not there."""
     import numpy as np
 
@@ -101,7 +101,7 @@ def tested(
         raise KeyboardInterrupt(f"{one.name}: {stop} The same command of usmoe reproduce goes on.") from None
     labels = classification(one.config.data, data, offline=offline).test.labels
     said = np.load(folder / "predictions.npy")
-    return Tested(
+    return Answered(
         corpus=one.pretrained.corpus,
         row=one.pretrained.row,
         task=one.task,

@@ -159,8 +159,6 @@ def about(rows: Sequence[PlannedRow]) -> tuple[str, ...]:
 
 def _base(study: Study, corpus: str, asked: Asked) -> TrainConfig:
     base = study.base(corpus, asked.scale, asked.steps)
-    if base.warmup > base.steps:
-        base = base.replace(warmup=0)
     return base if asked.dtype is None else base.replace(precision=asked.dtype)
 
 

@@ -89,7 +89,8 @@ class Study:
         steps  in place of the scale's own
         """
         if scale == "small":
-            return SMALL.replace(corpus=CORPORA[corpus], steps=steps or self.steps)
+            steps = steps or self.steps
+            return SMALL.replace(corpus=CORPORA[corpus], steps=steps, warmup=min(SMALL.warmup, steps // 10))
         preset = PRESETS[f"{corpus}-large" if self.large else corpus]
         return preset if steps is None else preset.replace(steps=steps)
 

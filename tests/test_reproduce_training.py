@@ -1,0 +1,432 @@
+"""Experiments on training: planned, trained, measured, killed and gone on with, and put beside the paper's figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import usmoe.train.loop
+from tiny_scale import TINY, shrink, write_texts
+from usmoe.data.units import Unit
+from usmoe.report.estimate import Honest
+from usmoe.reproduce import Asked, find, kind_of, load, markdown, paper_figures, save
+from usmoe.reproduce.paired import Sample, difference, over_seeds, ranked, student
+from usmoe.reproduce.training import CORPORA, SMALL, digest, small_run
+from usmoe.reproduce.training.measure import Measured, servings
+from usmoe.reproduce.training.plan import Plan, announce, plan
+from usmoe.reproduce.training.render import views
+from usmoe.reproduce.training.run import Result, run
+from usmoe.reproduce.training.study import PAPER_CORPORA, STUDIES
+from usmoe.routing import parse_router
+from usmoe.train.config import TrainConfig
+from usmoe.train.figures import Figures, Serving
+from usmoe.train.figures import Measured as Reading
+from usmoe.train.methods import METHODS, method
+from usmoe.train.presets import PRESETS
+
+ROOT = Path(__file__).parent
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path) -> Path:
+    """The tiny scale, and its folder of texts."""
+    shrink(monkeypatch)
+    return write_texts(tmp_path / "data")
+
+
+# --- methods, presets, and names of runs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_makes_a_configuration_of_any_other(name):
+    config = METHODS[name].apply(SMALL)
+    assert parse_router(config.model.router)
+    for other in ("smoe_dropout", "stablemoe", "remoe", "usmoe_threshold"):
+        assert METHODS[name].apply(METHODS[other].apply(SMALL)) == config
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_method_takes_another_k_unless_it_grows_its_own():
+    assert METHODS["usmoe"].apply(SMALL, 4).model.router == "usmoe(k=4, alpha=0.5)"
+    assert METHODS["token_choice"].apply(SMALL, 1).balance == 0.01
+    with pytest.raises(ValueError, match="SMoE-DR grows its k from step to step, and takes no k=4"):
+        METHODS["smoe_dropout"].apply(SMALL, 4)
+    with pytest.raises(ValueError, match=r"no method 'usmo'\. Did you mean usmoe"):
+        method("usmo")
+
+
+def test_presets_are_the_papers_table_15():
+    ours = {"enwik8": "enwik8", "text8": "text8", "WikiText-103": "wikitext103", "One Billion Word": "lm1b"}
+    for row in paper_figures("table15").rows:
+        config = PRESETS[ours[str(row.dataset)]]
+        printed = (row.values["Input length"], row.values["Batch size"], row.values["Lr"], row.values["Iterations"])
+        assert (config.segment, config.batch, config.lr, config.steps) == printed
+    assert PRESETS["lm1b-large"].model.layers == 12
+    assert set(PAPER_CORPORA) < set(PRESETS)
+
+
+def test_a_digest_is_of_what_differs_from_the_defaults():
+    """A field that is added later, at its default, leaves the folder of a run where it was."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(TrainConfig):
+        added: int = 7
+
+    fields = {field.name: getattr(SMALL, field.name) for field in dataclasses.fields(SMALL)}
+    assert digest(Later(**fields)) == digest(SMALL)
+    assert digest(Later(**fields, added=8)) != digest(SMALL)
+    assert digest(SMALL.replace(log_every=1, checkpoint_every=7)) == digest(SMALL)
+    assert digest(SMALL.replace(model__d_ff=1)) != digest(SMALL)
+    assert digest(SMALL.replace(evaluation__tokens=None)) != digest(SMALL)
+
+
+def test_tables_share_their_models():
+    assert small_run("novels", "usmoe", 1).name in {one.name for one in planned("table14", steps=None).runs}
+    two, fourteen, twelve = ({one.name for one in planned(name).runs} for name in ("table2", "table14", "table12"))
+    assert two < fourteen
+    assert not twelve & fourteen
+    assert {one.config.steps for one in planned("table12", steps=None).runs} == {1000}
+
+
+def planned(name: str, **asked) -> Plan:
+    """A plan without looking for texts."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("usmoe.data.sources.find_source", lambda corpus, data: None)
+    try:
+        return plan(find(name), Asked(**asked))
+    finally:
+        patch.undo()
+
+
+# --- plans
+
+
+def test_rows_texts_seeds_and_routers_of_ones_own():
+    made = planned(
+        "table14",
+        rows=("xmoe", "usmoe"),
+        corpora=("novels",),
+        routers=("usmoe(k=2, alpha=0.3)",),
+        seed=3,
+        seeds=1,
+        steps=50,
+    )
+    assert [row.name for row in made.rows] == ["usmoe", "xmoe", "usmoe-k-2-alpha-0.3"]
+    own = made.runs[2]
+    assert (own.config.model.router, own.config.balance) == ("usmoe(k=2, alpha=0.3)", 0)
+    assert {(one.corpus, one.config.seed, one.config.steps, one.config.warmup) for one in made.runs} == {
+        ("novels", 3, 50, 5)
+    }
+    assert made.left_out == {"wiki2016": "not asked for"}
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert announce(made).startswith("3 models (3 rows, 1 texts, 1 seeds), 50 steps each (0.05 M tokens)")
+
+
+def test_the_paper_scale_is_the_presets():
+    made = planned("table12", scale="paper", dtype="bfloat16")
+    assert made.corpora == ("wikitext103", "lm1b")
+    (one,) = (one for one in made.runs if (one.corpus, one.row) == ("lm1b", "usmoe-k2"))
+    assert one.config == PRESETS["lm1b-large"].replace(precision="bfloat16")
+    assert made.measurement.evaluation.tokens is None
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(ValueError, match=r"table2 has no row 'usmo'\. Did you mean usmoe\?"):
+        planned("table2", rows=("usmo",))
+    with pytest.raises(ValueError, match=r"table12 has no corpus 'wiki2016'"):
+        planned("table12", corpora=("wiki2016",))
+    with pytest.raises(ValueError, match="--tasks means nothing to table2: pre-training"):
+        planned("table2", tasks=("sst2",))
+    with pytest.raises(ValueError, match="--dtype float16 is no precision of training"):
+        planned("table2", dtype="float16")
+
+
+def test_without_texts_nothing_is_planned(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no text to train on.*give --data DIR"):
+        plan(find("table12"), Asked())
+    made = plan(find("table2"), Asked(data=write_texts(tmp_path / "data")))
+    assert (made.corpora, made.left_out) == (("novels",), {"wiki2016": "not in the folder of data"})
+    with pytest.raises(ValueError, match="enwik8"):
+        plan(find("table2"), Asked(data=tmp_path / "data", corpora=("novels", "wiki2016")))
+
+
+def test_unified_methods_are_served_also_with_fewer_experts():
+    named = {name: [one.name for one in servings(METHODS[name].apply(SMALL))] for name in METHODS}
+    assert named["usmoe"] == ["threshold", "threshold k=1.5 calibrated", "prefix"]
+    assert named["usmoe-1.5"] == ["threshold", "prefix"]
+    assert named["expert_choice_sigmoid"] == ["threshold"]
+
+
+# --- running
+
+
+def test_a_table_is_trained_measured_saved_and_shared(tiny, tmp_path, monkeypatch):
+    made = plan(find("table14"), Asked(data=tiny, rows=("usmoe", "smoe_dropout", "usmoe_time_step"), seeds=1))
+    words: list[str] = []
+    result = run(made, tmp_path / "results", done=words.append)
+    assert len(words) == made.parts == 3 * 3
+    assert [(one.row, one.text) for one in result.rows[:2]] == [("usmoe", "clean"), ("usmoe", "corrupt")]
+    save(result, tmp_path / "results" / "table14-small.json")
+    assert load(tmp_path / "results" / "table14-small.json") == result
+
+    clean, corrupt = result.rows[:2]
+    assert clean.figures.tokens == corrupt.figures.tokens == 599
+    assert (clean.corrupted, corrupt.corrupted > 0) == (0, True)
+    assert corrupt.figures.forced.nats != clean.figures.forced.nats
+    assert set(clean.figures.served) == {"threshold", "threshold k=1.5 calibrated", "prefix"}
+    assert (clean.figures.served["threshold k=1.5 calibrated"].experts or 2.0) < 1.9
+    released, dropout = result.rows[2], result.rows[4]
+    assert dropout.figures.forced.experts == 16
+    assert dropout.at_two is not None
+    assert dropout.at_two.forced.experts == 2
+    assert released.figures.alone is not None
+    assert released.figures.alone.nats != released.figures.forced.nats
+
+    monkeypatch.setattr(usmoe.train.loop, "train", refuse)  # Table 2 has one of them
+    other = run(plan(find("table2"), Asked(data=tiny, rows=("usmoe",), seeds=1)), tmp_path / "results")
+    assert other.rows == result.rows[:2]
+
+
+def refuse(*args, **given):
+    raise AssertionError("It is there already.")
+
+
+def test_figures_that_are_kept_are_read_unless_asked_anew(tiny, tmp_path):
+    made = plan(find("figure12", "b"), Asked(data=tiny, rows=("token_choice",), seeds=1))
+    first = run(made, tmp_path)
+    (kept,) = (tmp_path / "runs").glob("*/evaluation-clean-*.json")
+    said = json.loads(kept.read_text())
+    said["figures"]["forced"]["nats"] = 9.0
+    kept.write_text(json.dumps(said))
+    assert run(made, tmp_path).rows[0].figures.forced.nats == 9
+    again = run(made, tmp_path, anew=True).rows[0].figures
+    assert again.forced.nats == first.rows[0].figures.forced.nats
+    assert json.loads(kept.read_text())["figures"]["forced"]["nats"] == again.forced.nats
+
+
+def test_a_figure_has_its_curves_and_is_drawn(tiny, tmp_path):
+    made = plan(find("figure6"), Asked(data=tiny, rows=("expert_choice_sigmoid",), seeds=2))
+    result = run(made, tmp_path)
+    assert set(result.curves) == {one.name for one in made.runs}
+    curve = result.curves[made.runs[0].name]
+    assert curve["step"] == (2, 4, 6)
+    assert len(curve["bits"]) == len(curve["dropped"]) == 3
+    assert 0 < curve["dropped"][-1] < 1
+    assert load_again(result, tmp_path) == result
+    kind = kind_of(find("figure6"))
+    kind.plot(result, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    head = kind.views(result, wide=True)[-1].head
+    assert head[-1] == "dropped, 100 % of steps"
+    with pytest.raises(ValueError, match=r"table14 is a table in the paper.*drawn are figure6"):
+        kind.refuse_picture(find("table14"))
+
+
+def load_again(result: Result, folder: Path) -> Result:
+    save(result, folder / "again.json")
+    return load(folder / "again.json")
+
+
+@pytest.mark.slow
+def test_a_reproduction_that_was_killed_goes_on_to_the_same_figures(tmp_path):
+    data = write_texts(tmp_path / "data")
+    words = ["table2", "--data", str(data), "--row", "usmoe", "--row", "token_choice", "--seeds", "1", "--steps", "60"]
+    command = [sys.executable, str(ROOT / "tiny_scale.py"), *words, "--offline", "--json", "--results"]
+    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True, check=True)
+    killed = subprocess.Popen([*command, str(tmp_path / "r")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: any((tmp_path / "r" / "runs").glob("novels-usmoe-*/checkpoint.pt")), killed)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    assert not (tmp_path / "r" / "table2-small.json").exists()
+    again = subprocess.run([*command, str(tmp_path / "r")], capture_output=True, text=True, check=True)
+    one, other = (json.loads(said.stdout)["rows"] for said in (whole, again))
+    assert [likelihoods(row) for row in one] == [likelihoods(row) for row in other]
+    shown = subprocess.run([*command, str(tmp_path / "r")], capture_output=True, text=True, check=True)
+    assert shown.stdout == again.stdout
+    assert "--force runs it again" in shown.stderr
+
+
+def likelihoods(row: dict) -> tuple:
+    figures = row["figures"]
+    return row["row"], row["text"], figures["forced"]["nats"], figures["forced"]["sums"], figures["honest"]
+
+
+def wait_for(there, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# --- what can be told apart, by hand
+
+
+def test_a_difference_is_clear_of_its_text_and_of_its_seeds():
+    best = Sample(values=(1.0, 1.0), sums=(1.0, 1.0, 1.0, 1.0))
+    above = Sample(values=(1.1, 1.1), sums=(1.1, 1.1, 1.1, 1.1))
+    counts = [1, 1, 1, 1]
+    assert difference(above, best, counts, 0.0, 2).clear
+    gap = difference(above, best, counts, 0.02, 2)  # 4.303 * 0.02 * sqrt(1/2 + 1/2)
+    assert gap.half == pytest.approx(4.303 * 0.02)
+    assert gap.clear
+    assert not difference(above, best, counts, 0.024, 2).clear
+    uneven = Sample(values=(1.1, 1.1), sums=(0.8, 1.4, 0.8, 1.4))
+    assert not difference(uneven, best, counts, 0.0, 2).clear
+    guessed = Sample(values=(1.1, 1.1), sums=above.sums, halves=(0.2, 0.2))
+    assert difference(guessed, best, counts, 0.0, 2).half == pytest.approx(0.2 / 2**0.5)
+    assert not difference(Sample(values=(1.1,), sums=(4.4,)), Sample(values=(1.0,), sums=(4.0,)), [4], 0, 0).clear
+
+
+def test_deviations_over_seeds_are_pooled_over_rows():
+    rows = {
+        "a": Sample(values=(1.0, 1.2), sums=()),  # variance 0.02
+        "b": Sample(values=(2.0, 2.0), sums=()),
+        "c": Sample(values=(3.0,), sums=()),
+    }
+    deviation, freedom = over_seeds(rows)
+    assert (deviation, freedom) == (pytest.approx(0.1), 2)
+    assert over_seeds({"c": rows["c"]}) == (0.0, 0)
+    assert (student(1), student(11), student(1000)) == (12.706, 2.228, 1.97)
+
+
+def test_the_lowest_and_those_that_cannot_be_told_from_it():
+    def flat(value: float) -> Sample:
+        return Sample(values=(value,), sums=(value, value))
+
+    rows = {"a": flat(2.0), "b": flat(1.0), "c": Sample(values=(1.01,), sums=(0.9, 1.12))}
+    assert ranked(rows, [1, 1]) == ("b", ("c",))
+
+
+# --- side by side, of made-up figures
+
+
+def made_up(plan: Plan, nats, unit: Unit = "character") -> Result:
+    """nats(row, seed, text) -> of the teacher-forced figure."""
+    rows = []
+    for one in plan.runs:
+        for text in plan.texts:
+            value = nats(one.row, one.config.seed, text)
+            reading = Reading(
+                nats=value,
+                experts=2.0,
+                dropped=0.03,
+                load_cv=0.5,
+                flops=1e6,
+                relative=1.0,
+                seconds=1.0,
+                sums=(10 * value, 10 * value),
+                counts=(10, 10),
+            )
+            figures = Figures(
+                routers=(one.config.model.router,),
+                step=90,
+                setting=plan.measurement.evaluation,
+                positions=200,
+                seed=0,
+                tokens=20,
+                unit=unit,
+                tokens_per_unit=1.0,
+                forced=reading,
+                honest=Honest(nats=value + 0.01, interval=0.001, positions=200),
+                reset=reading,
+                alone=None,
+                served={"threshold": reading} if one.row == "usmoe" else {},
+            )
+            rows.append(
+                Measured(
+                    corpus=one.corpus,
+                    row=one.row,
+                    seed=one.config.seed,
+                    text=text,
+                    figures=figures,
+                    at_two=None,
+                    corrupted=3 if text == "corrupt" else 0,
+                    steps=100,
+                    training_seconds=60.0,
+                )
+            )
+    return Result(plan=plan, rows=tuple(rows))
+
+
+ORDER = {"usmoe": 0.70, "usmoe-1.5": 0.72, "token_choice": 0.74, "expert_choice_sigmoid": 0.7001}
+
+
+def test_ours_stands_beside_the_papers_with_what_can_be_told_apart():
+    result = made_up(planned("table2", corpora=("novels",)), lambda row, seed, text: ORDER[row] + seed * 0.001)
+    clean, corrupt, routing = views(result)
+    assert clean.head[:5] == ("method", "teacher-forced", "honest", "threshold", "memory reset")
+    assert clean.head[5:] == ("paper, Enwik8", "paper, Text8", "paper, WikiText-103", "paper, lm1b")
+    first = clean.rows[0]
+    assert first[1:5] == ("1.011 (0.001)~", "1.025 ±0.001 (0.001)~", "1.011 (0.001)", "1.011 (0.001)")
+    assert first[5:] == ("1.18", "1.20", "29.20", "56.90")
+    assert clean.rows[1][1] == "1.039 (0.001)"
+    assert corrupt.rows[0][-4:] == ("1.75", "1.83", "38.45", "68.43")
+    said = " ".join(clean.says)
+    assert "By the teacher-forced figure no ranking can be read among USMoE k=2 (lowest) and EC sigmoid" in said
+    assert "No difference between the two means anything" in said
+    assert "Student's t" in said
+    assert "4 % of the words of the test split are AAA: 3." in " ".join(corrupt.says)
+    assert routing.rows[0][1:] == ("2.00", "3.0", "0.50", "1.00", "100.0", "100", "90", "1.0")
+    assert any(line.startswith("Text: novels, byte by byte") for line in routing.differs)
+    assert any("learning rate 0.002" in line for line in routing.differs)
+    assert any(line.startswith("SMoE: The k best logits") for line in routing.about)
+    assert len(routing.notes) == len(paper_figures("table2").notes)
+
+
+def test_a_clear_lowest_is_bold_and_one_seed_says_what_it_lacks():
+    alone = planned("table2", corpora=("novels",), rows=("usmoe", "token_choice"), seeds=1)
+    view = views(made_up(alone, lambda row, seed, text: ORDER[row]))[0]
+    assert view.bold == ((0, 1), (0, 2))
+    assert "~" not in " ".join(" ".join(row) for row in view.rows)
+    assert "no part for seeds, since there is one" in " ".join(view.says)
+    assert "USMoE k=2 is lowest, clear of the others" in " ".join(view.says)
+    assert "(" not in view.rows[0][1]
+
+
+def test_table_12_compares_rows_of_one_k():
+    def nats(row: str, seed: int, text: str) -> float:
+        return 0.7 + 0.1 * row.startswith("usmoe") - 0.05 * float(row.rpartition("k")[2])
+
+    view = views(made_up(planned("table12"), nats))[0]
+    assert [row[0] for row in view.rows[:3]] == ["SMoE, k=1", "EC sigmoid, k=1", "USMoE, k=1"]
+    assert view.rows[2][-2:] == ("25.48", "56.90")
+    tied = [row[0] for row in view.rows if "~" in row[1]]
+    assert tied == [f"{name}, k={k}" for k in (1, 2, 4, 8) for name in ("SMoE", "EC sigmoid")]
+    assert "Rows of one k are compared" in view.says[-1]
+
+
+def test_words_are_stated_by_their_perplexity_beside_the_same_data_of_the_paper():
+    made = planned("table2", scale="paper", corpora=("wikitext103",), rows=("usmoe", "token_choice"), seeds=1)
+    clean, corrupt, last = views(made_up(made, lambda row, seed, text: 3.4 + ORDER[row] / 10, "word"))
+    assert clean.head[-1] == "paper, WikiText-103"
+    assert clean.rows[0][1] == "32.14"
+    assert (clean.rows[0][-1], corrupt.rows[0][-1]) == ("29.20", "38.45")
+    assert "Perplexity a word" in clean.says[0]
+    assert not any(line.startswith(("Text:", "Model:", "Steps:")) for line in last.differs)
+
+
+def test_markdown_has_a_section_for_each_table():
+    result = made_up(planned("table2", corpora=("novels",)), lambda row, seed, text: ORDER[row])
+    text = markdown(result)
+    assert text.count("## table2, small scale, novels") == 3
+    assert text.count("`usmoe reproduce table2 --scale small`") == 1
+    assert "\n\nThe methods:\n\n- SMoE: " in text
+
+
+def test_every_row_of_the_paper_has_ours():
+    for name in ("table2", "table12", "table14"):
+        printed = {column for row in paper_figures(name).rows for column in row.values}
+        assert {row.paper for row in STUDIES[name].rows} - {None} == printed
+    assert CORPORA["novels"].source == "novels"
+    assert TINY.model.num_experts == SMALL.model.num_experts
+    assert Serving(how="prefix").name == "prefix"
