@@ -327,6 +327,7 @@ def made_up(plan: Plan, nats, unit: Unit = "character") -> Result:
                 sums=(10 * value, 10 * value),
                 counts=(10, 10),
             )
+            served = dataclasses.replace(reading, nats=value + 0.009, experts=1.9)
             figures = Figures(
                 routers=(one.config.model.router,),
                 step=90,
@@ -340,7 +341,7 @@ def made_up(plan: Plan, nats, unit: Unit = "character") -> Result:
                 honest=Honest(nats=value + 0.01, interval=0.001, positions=200),
                 reset=reading,
                 alone=None,
-                served={"threshold": reading} if one.row == "usmoe" else {},
+                served={"threshold": served} if one.row == "usmoe" else {},
             )
             rows.append(
                 Measured(
@@ -363,12 +364,16 @@ ORDER = {"usmoe": 0.70, "usmoe-1.5": 0.72, "token_choice": 0.74, "expert_choice_
 
 def test_ours_stands_beside_the_papers_with_what_can_be_told_apart():
     result = made_up(planned("table2", corpora=("novels",)), lambda row, seed, text: ORDER[row] + seed * 0.001)
-    clean, corrupt, routing = views(result)
-    assert clean.head[:5] == ("method", "teacher-forced", "honest", "threshold", "memory reset")
-    assert clean.head[5:] == ("paper, Enwik8", "paper, Text8", "paper, WikiText-103", "paper, lm1b")
+    clean, otherwise, corrupt, _, routing = views(result)
+    assert clean.head[:3] == ("method", "teacher-forced", "honest")
+    assert clean.head[3:] == ("paper, Enwik8", "paper, Text8", "paper, WikiText-103", "paper, lm1b")
     first = clean.rows[0]
-    assert first[1:5] == ("1.011 (0.001)~", "1.025 ±0.001 (0.001)~", "1.011 (0.001)", "1.011 (0.001)")
-    assert first[5:] == ("1.18", "1.20", "29.20", "56.90")
+    assert first[1:3] == ("1.011 (0.001)~", "1.025 ±0.001 (0.001)~")
+    assert first[3:] == ("1.18", "1.20", "29.20", "56.90")
+    assert otherwise.head == ("method", "threshold", "memory reset")
+    assert otherwise.rows[0][1:] == ("1.024 (0.001) @1.90", "1.011 (0.001)")
+    assert otherwise.rows[1][1:] == ("-", "1.039 (0.001)")
+    assert "Threshold: every pair" in otherwise.says[0]
     assert clean.rows[1][1] == "1.039 (0.001)"
     assert corrupt.rows[0][-4:] == ("1.75", "1.83", "38.45", "68.43")
     said = " ".join(clean.says)
@@ -407,7 +412,7 @@ def test_table_12_compares_rows_of_one_k():
 
 def test_words_are_stated_by_their_perplexity_beside_the_same_data_of_the_paper():
     made = planned("table2", scale="paper", corpora=("wikitext103",), rows=("usmoe", "token_choice"), seeds=1)
-    clean, corrupt, last = views(made_up(made, lambda row, seed, text: 3.4 + ORDER[row] / 10, "word"))
+    clean, _, corrupt, _, last = views(made_up(made, lambda row, seed, text: 3.4 + ORDER[row] / 10, "word"))
     assert clean.head[-1] == "paper, WikiText-103"
     assert clean.rows[0][1] == "32.14"
     assert (clean.rows[0][-1], corrupt.rows[0][-1]) == ("29.20", "38.45")
@@ -418,7 +423,7 @@ def test_words_are_stated_by_their_perplexity_beside_the_same_data_of_the_paper(
 def test_markdown_has_a_section_for_each_table():
     result = made_up(planned("table2", corpora=("novels",)), lambda row, seed, text: ORDER[row])
     text = markdown(result)
-    assert text.count("## table2, small scale, novels") == 3
+    assert text.count("## table2, small scale, novels") == 5
     assert text.count("`usmoe reproduce table2 --scale small`") == 1
     assert "\n\nThe methods:\n\n- SMoE: " in text
 
@@ -430,3 +435,23 @@ def test_every_row_of_the_paper_has_ours():
     assert CORPORA["novels"].source == "novels"
     assert TINY.model.num_experts == SMALL.model.num_experts
     assert Serving(how="prefix").name == "prefix"
+
+
+def test_the_page_of_results_has_every_table_and_draws_figures(tmp_path):
+    sys.path.insert(0, str(ROOT.parent / "scripts"))
+    try:
+        from render_training import page  # pyright: ignore[reportMissingImports]
+    finally:
+        sys.path.pop(0)
+    for name, part in (("table2", None), ("figure12", "b")):
+        made = planned(f"{name} --part {part}" if part else name, corpora=("novels",), seeds=1)
+        result = made_up(made, lambda row, seed, text: 0.7)
+        if part:
+            curve = {"step": (2, 4), "dropped": (0.1, 0.2)}
+            result = dataclasses.replace(result, curves={one.name: curve for one in made.runs})
+        save(result, find(name, part).path(tmp_path, "small"))
+    text = page(tmp_path, tmp_path)
+    assert text.index("## table2, small scale") < text.index("## figure12 --part b, small scale")
+    assert "![dropped tokens in pre-training](figure12-b-small.png)" in text
+    assert (tmp_path / "figure12-b-small.png").read_bytes().startswith(b"\x89PNG")
+    assert "| dropped, 100 % of steps |" in text

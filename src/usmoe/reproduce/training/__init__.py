@@ -5,8 +5,9 @@ study.py     each experiment's rows, and what is to be said of them
 plan.py      what is run, saved whole beside what came out
 measure.py   the figures of a trained model, kept beside it
 run.py       training and measuring, with what is there already
-compare.py   means over seeds, paired bands, and what can be told apart
+compare.py   means over seeds, and samples that can be compared
 render.py    the paper's figure and ours, as words and as a picture
+details.py   other readings, what routers do and cost, curves
 kind.py      these as a kind of experiment
 """
 

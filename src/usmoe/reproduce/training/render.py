@@ -10,58 +10,39 @@ from pathlib import Path
 from usmoe.reproduce.experiment import EXPERIMENTS
 from usmoe.reproduce.figures import paper_figures
 from usmoe.reproduce.paired import Sample, ranked
-from usmoe.reproduce.training.compare import Cell, Value, cell, honest, teacher_forced
+from usmoe.reproduce.training.compare import Rows, Value, honest, of, stated, teacher_forced
+from usmoe.reproduce.training.details import curves, read_otherwise, routing
 from usmoe.reproduce.training.measure import Measured
 from usmoe.reproduce.training.plan import Plan, about
 from usmoe.reproduce.training.run import Result
 from usmoe.reproduce.training.study import PAPER_CORPORA, Text
 from usmoe.reproduce.view import View
 
-Rows = Mapping[str, Sequence[Measured]]
-"""Models of a corpus and a text by row, one a seed."""
-
 _SETTINGS = {"clean": "Original", "corrupt": "Corrupt"}
 _TEXTS = {"clean": "", "corrupt": ", corrupted"}
 
 
 def views(result: Result) -> list[View]:
-    """For each text a table of likelihoods with the paper's figures, then one of what the routers do and cost."""
+    """For each text a table of likelihoods with the paper's figures, and one of other readings; then what the routers
+    do and cost."""
     found, plan = [], result.plan
     for text in plan.texts:
         for corpus in plan.corpora:
-            found.append(_likelihoods(result, corpus, text))
-    for corpus in plan.corpora:
-        found.append(_routing(result, corpus))
+            found += [_likelihoods(result, corpus, text), read_otherwise(result, corpus, text)]
+    found += [routing(result, corpus) for corpus in plan.corpora]
     last = found.pop()
     notes = () if plan.study.figures is None else paper_figures(plan.study.figures).notes
     says = (*last.says, *plan.study.says)
     return [*found, dataclasses.replace(last, says=says, about=about(plan.rows), differs=differs(result), notes=notes)]
 
 
-def of(result: Result, corpus: str, text: Text) -> Rows:
-    """The models of a corpus and a text by row, in the plan's order."""
-    found: dict[str, list[Measured]] = {row.name: [] for row in result.plan.rows}
-    for one in result.rows:
-        if (one.corpus, one.text) == (corpus, text):
-            found[one.row].append(one)
-    return {name: ones for name, ones in found.items() if ones}
-
-
 def _likelihoods(result: Result, corpus: str, text: Text) -> View:
-    plan, rows = result.plan, of(result, corpus, text)
+    plan = result.plan
+    rows = of(result.rows, (row.name for row in plan.rows), corpus, text)
     columns: dict[str, Value] = {
         "teacher-forced": lambda one: one.figures.forced.nats,
         "honest": lambda one: one.figures.honest.nats,
     }
-    for how in dict.fromkeys(how for ones in rows.values() for one in ones for how in one.figures.served):
-        columns[how] = _served(how)
-    others: dict[str, Value] = {
-        "with k=2": lambda one: None if one.at_two is None else one.at_two.forced.nats,
-        "memory reset": lambda one: None if one.figures.reset is None else one.figures.reset.nats,
-        "batch of 1": lambda one: None if one.figures.alone is None else one.figures.alone.nats,
-    }
-    every = [one for ones in rows.values() for one in ones]
-    columns |= {name: value for name, value in others.items() if any(value(one) is not None for one in every)}
     best = {
         name: [_ranked(group, sample) for group in _groups(plan, rows)]
         for name, sample in (("teacher-forced", teacher_forced), ("honest", honest))
@@ -73,7 +54,8 @@ def _likelihoods(result: Result, corpus: str, text: Text) -> View:
         for column, (name, value) in enumerate(columns.items()):
             groups = best.get(name, [])
             tied = any(row.name in (first, *rivals) for first, rivals in groups if rivals)
-            words.append(_word(_in_units(rows[row.name], value), rows[row.name], name) + ("~" if tied else ""))
+            half = _half(rows[row.name]) if name == "honest" else ""
+            words.append(stated(rows[row.name], value, half) + ("~" if tied else ""))
             if len(rows) > len(groups) and (row.name, ()) in groups:
                 bold.append((at, 1 + column))
         lines.append((*words, *(_number(values.get(row.name)) for values in printed.values())))
@@ -88,6 +70,13 @@ def _likelihoods(result: Result, corpus: str, text: Text) -> View:
     )
 
 
+def _half(ones: Sequence[Measured]) -> str:
+    """Of the honest figure: ±, the half of the interval of its sample; nothing where there was none."""
+    halves = [(high - low) / 2 for low, high in (one.figures.honest_interval for one in ones)]
+    digits = 3 if ones[0].figures.bits else 2
+    return f" ±{math.hypot(*halves) / len(ones):.{digits}f}" if any(halves) else ""
+
+
 def _groups(plan: Plan, rows: Rows) -> list[Rows]:
     """Rows that are compared with one another: those of one k, where the table is over k."""
     ks = dict.fromkeys(row.k for row in plan.rows if row.name in rows)
@@ -99,34 +88,8 @@ def _ranked(group: Rows, sample: Callable[[Sequence[Measured]], Sample]) -> tupl
     return ranked({name: sample(ones) for name, ones in group.items()}, counts)
 
 
-def _served(how: str) -> Value:
-    return lambda one: one.figures.served[how].nats if how in one.figures.served else None
-
-
 def _title(plan: Plan, corpus: str, text: Text) -> str:
     return f"{plan.experiment}, {plan.scale} scale, {corpus}{_TEXTS[text]}: {EXPERIMENTS[plan.experiment].title}"
-
-
-def _in_units(ones: Sequence[Measured], value: Value) -> Cell | None:
-    """The figure in bits or perplexity, mean and deviation over seeds."""
-
-    def in_units(one: Measured) -> float | None:
-        nats = value(one)
-        return None if nats is None else one.figures.stated(nats)
-
-    return cell(ones, in_units)
-
-
-def _word(found: Cell | None, ones: Sequence[Measured], column: str) -> str:
-    """1.234 (0.005): mean, and deviation over seeds; of the honest figure also the half of its interval."""
-    if found is None:
-        return "-"
-    digits = 3 if ones[0].figures.bits else 2
-    words = f"{found.value:.{digits}f}"
-    if column == "honest" and any(one.figures.honest.interval for one in ones):
-        halves = [(high - low) / 2 for low, high in (one.figures.honest_interval for one in ones)]
-        words += f" ±{math.hypot(*halves) / len(ones):.{digits}f}"
-    return words + ("" if found.deviation is None else f" ({found.deviation:.{digits}f})")
 
 
 def _number(value: float | None) -> str:
@@ -194,68 +157,6 @@ def _ranking(best: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], rows: Ro
         f"text drawn with replacement, and {seeds}."
     )
     return " ".join(words)
-
-
-def _routing(result: Result, corpus: str) -> View:
-    plan, rows = result.plan, of(result, corpus, "clean")
-    columns: dict[str, tuple[Value, str]] = {
-        "experts a token": (lambda one: one.figures.forced.experts, ".2f"),
-        "dropped, %": (lambda one: _percent(one.figures.forced.dropped), ".1f"),
-        "load CV": (lambda one: one.figures.forced.load_cv, ".2f"),
-        "MFLOPs a token": (lambda one: one.figures.forced.flops / 1e6, ".2f"),
-        "of those at k=2, %": (lambda one: _percent(one.figures.forced.relative), ".1f"),
-        "steps": (lambda one: one.steps, ",.0f"),
-        "best at": (lambda one: one.figures.step, ",.0f"),
-        "minutes": (lambda one: one.training_seconds / 60, ".1f"),
-    }
-    curved = _curve_columns(result, corpus)
-    lines = []
-    for row in plan.rows:
-        if row.name in rows:
-            found = [(cell(rows[row.name], value), form) for value, form in columns.values()]
-            words = ["-" if one is None else f"{one.value:{form}}" for one, form in found]
-            lines.append((row.label, *words, *(curve.get(row.name, "-") for curve in curved.values())))
-    return View(
-        title=f"{plan.experiment}, {plan.scale} scale, {corpus}: what the routers do, and what they cost",
-        head=("method", *columns, *curved),
-        labels=1,
-        rows=tuple(lines),
-        bold=(),
-        says=(
-            "On the clean test split, means over seeds. Dropped: tokens without an expert. FLOPs are of a forward, by "
-            "counted pairs, without the output layer. Minutes: wall time of training on what it was trained on, beside "
-            "other work.",
-        ),
-    )
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _curve_columns(result: Result, corpus: str) -> dict[str, dict[str, str]]:
-    """{column: {row: word}}: the curves at a tenth, at half and at the end of the steps, means over seeds."""
-    found: dict[str, dict[str, str]] = {}
-    for name, lines in curves(result, corpus).items():
-        for share in (0.1, 0.5, 1.0):
-            for row, (steps, values) in lines.items():
-                at = min(range(len(steps)), key=lambda i: abs(steps[i] - share * steps[-1]))
-                word = f"{100 * values[at]:.1f}" if name == "dropped" else f"{values[at]:.3f}"
-                unit = "dropped" if name == "dropped" else name
-                found.setdefault(f"{unit}, {100 * share:g} % of steps", {})[row] = word
-    return found
-
-
-def curves(result: Result, corpus: str) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """{bits or dropped: {row: (steps, means over seeds)}} in training."""
-    found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for row in result.plan.rows:
-        names = [one.name for one in result.plan.runs if (one.corpus, one.row) == (corpus, row.name)]
-        several = [result.curves[name] for name in names if name in result.curves]
-        for what in dict.fromkeys(what for one in several for what in one if what != "step"):
-            values = [sum(at) / len(at) for at in zip(*(one[what] for one in several), strict=True)]
-            found.setdefault(what, {})[row.name] = (list(several[0]["step"]), values)
-    return found
 
 
 def differs(result: Result) -> tuple[str, ...]:

@@ -144,6 +144,8 @@ STUDIES: dict[str, Study] = {
             named("usmoe-1.5", "USMoE k=1.5"),
             named("usmoe_time_step", "USMoE k=2"),
             named("token_choice", "SMoE"),
+            named("usmoe_chosen"),
+            named("token_choice_scores"),
             named("smoe_dropout", "SMoE-DR"),
             named("xmoe", "XMoE"),
             named("stablemoe", "StableMoE"),
