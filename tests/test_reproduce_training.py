@@ -111,14 +111,14 @@ def planned(name: str, **asked) -> Plan:
 def test_rows_texts_seeds_and_routers_of_ones_own():
     made = planned(
         "table14",
-        rows=("xmoe", "usmoe"),
+        rows=("remoe", "usmoe"),
         corpora=("novels",),
         routers=("usmoe(k=2, alpha=0.3)",),
         seed=3,
         seeds=1,
         steps=50,
     )
-    assert [row.name for row in made.rows] == ["usmoe", "xmoe", "usmoe-k-2-alpha-0.3"]
+    assert [row.name for row in made.rows] == ["usmoe", "remoe", "usmoe-k-2-alpha-0.3"]
     own = made.runs[2]
     assert (own.config.model.router, own.config.balance) == ("usmoe(k=2, alpha=0.3)", 0)
     assert {(one.corpus, one.config.seed, one.config.steps, one.config.warmup) for one in made.runs} == {

@@ -45,7 +45,7 @@ def reproduce(
     ] = None,
     rows: Annotated[
         list[str] | None,
-        typer.Option("--row", help="Of training: a row by its method (usmoe, xmoe); may be given again."),
+        typer.Option("--row", help="Of training: a row, or another method (usmoe, remoe); may be given again."),
     ] = None,
     corpora: Annotated[
         list[str] | None, typer.Option("--corpus", help="Of training: one of its texts; may be given again.")

@@ -37,7 +37,7 @@ class Asked:
     batch_size: int | None = None
     """Of embeddings: texts."""
     rows: tuple[str, ...] = ()
-    """Of training and fine-tuning: some of the rows, by the names of methods."""
+    """Of training and fine-tuning: some of the rows, or other methods by their names."""
     corpora: tuple[str, ...] = ()
     """Of training and fine-tuning: some of the texts that are trained on."""
     routers: tuple[str, ...] = ()

@@ -76,6 +76,18 @@ METHODS: dict[str, Method] = {
         note="The pool is the batch at one time step: a token's route depends on the other sequences, and at batch 1 "
         "it competes with itself alone.",
     ),
+    "usmoe_chosen": Method(
+        title="USMoE k=2, weights of a token sum to 1",
+        router="usmoe(k=2, alpha=0.5, normalize=chosen)",
+        note="A control: the paper's U is about 1/E a pair, so that a token's experts together weigh some tenth of "
+        "what SMoE's weigh. Here they sum to 1, as SMoE's do, and who is chosen is all that differs.",
+    ),
+    "token_choice_scores": Method(
+        title="SMoE, scores as weights",
+        router="token_choice(k=2)",
+        changes={"balance": BALANCE},
+        note="The other control: token choice whose weights are the softmax over all experts, as OLMoE has them.",
+    ),
     "xmoe": Method(
         title="XMoE",
         router="token_choice(k=2, score_order=topk_then_score)",

@@ -10,9 +10,9 @@ from typing import Any
 from usmoe.reproduce.experiment import Experiment, Scale
 from usmoe.reproduce.finetuning.study import CORPORA, ROWS, TASKS, settings
 from usmoe.reproduce.kind import Asked
-from usmoe.reproduce.training.plan import PlannedRow, planned, some_of
+from usmoe.reproduce.training.plan import PlannedRow, chosen, planned, some_of
 from usmoe.reproduce.training.runs import SEEDS, Run, digest
-from usmoe.reproduce.training.study import STUDIES, own
+from usmoe.reproduce.training.study import STUDIES
 from usmoe.train.config import TrainConfig
 from usmoe.train.finetune_config import FinetuneConfig
 
@@ -101,9 +101,7 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     that the experiment does not have, for options of other kinds of experiments, and where no data set is there.
     """
     asked.refuse(experiment, "model", "batch_size", "steps")
-    known = {row.name: row for row in ROWS}
-    rows = [known[name] for name in some_of(asked.rows, list(known), "row", experiment)]
-    rows += [own(router) for router in asked.routers]
+    rows = chosen(ROWS, asked, experiment)
     corpora = some_of(asked.corpora, CORPORA[asked.scale], "corpus", experiment)
     by_either = {name.casefold(): task for task, paper in TASKS.items() for name in (task, paper)}
     wanted = [by_either.get(word.casefold(), word) for word in asked.tasks]

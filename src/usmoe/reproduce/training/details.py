@@ -11,6 +11,9 @@ from usmoe.reproduce.training.study import Text
 from usmoe.reproduce.view import View
 from usmoe.train.figures import Measured as Reading
 
+TEXTS = {"clean": "", "corrupt": ", corrupted"}
+"""In titles."""
+
 
 def read_otherwise(result: Result, corpus: str, text: Text) -> View:
     """The same models served by causal routers, without memory, and one sequence at a time; teacher-forced."""
@@ -23,7 +26,7 @@ def read_otherwise(result: Result, corpus: str, text: Text) -> View:
             words = [_word(rows[row.name], one) for one in columns.values()]
             lines.append((row.label, *words))
     return View(
-        title=f"{plan.experiment}, {plan.scale} scale, {corpus}, {text}: served by causal routers, and read otherwise",
+        title=f"{plan.experiment}, {plan.scale} scale, {corpus}{TEXTS[text]}: served by causal routers, read otherwise",
         head=("method", *columns),
         labels=1,
         rows=tuple(lines),

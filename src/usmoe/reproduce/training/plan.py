@@ -12,8 +12,9 @@ from usmoe.data.corrupt import Mode
 from usmoe.reproduce.experiment import Experiment, Scale
 from usmoe.reproduce.kind import Asked
 from usmoe.reproduce.training.runs import SEEDS, SMALL, Run
-from usmoe.reproduce.training.study import STUDIES, Row, Study, Text, own
+from usmoe.reproduce.training.study import STUDIES, Row, Study, Text, named, own
 from usmoe.train.config import Evaluation, TrainConfig
+from usmoe.train.methods import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Measurement:
 
 
 MEASUREMENTS: dict[Scale, Measurement] = {
-    "small": Measurement(evaluation=SMALL.evaluation),
+    "small": Measurement(evaluation=dataclasses.replace(SMALL.evaluation, tokens=200_000), positions=1000),
     "paper": Measurement(evaluation=Evaluation(batch=10, segment=128, memory=896)),
 }
 
@@ -112,9 +113,7 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     if asked.dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"--dtype {asked.dtype} is no precision of training. Choose float32 or bfloat16.")
     study = STUDIES[experiment.name]
-    known = {row.name: row for row in study.rows}
-    rows = [known[name] for name in some_of(asked.rows, list(known), "row", experiment)]
-    rows += [own(router) for router in asked.routers]
+    rows = chosen(study.rows, asked, experiment)
     corpora = some_of(asked.corpora, study.corpora_at(asked.scale), "corpus", experiment)
     absent = _absent(study, corpora, asked)
     left_out = {name: "not asked for" for name in study.corpora_at(asked.scale) if name not in corpora}
@@ -155,6 +154,18 @@ def about(rows: Sequence[PlannedRow]) -> tuple[str, ...]:
         if row.note:
             said.setdefault(row.note, row.label)
     return tuple(f"{label}: {note}" for note, label in said.items())
+
+
+def chosen(rows: Sequence[Row], asked: Asked, experiment: Experiment) -> list[Row]:
+    """The rows of an experiment, or those that are asked for by name, methods that it does not have included; then
+    those of routers of one's own."""
+    known = {row.name: row for row in rows} | {name: named(name) for name in METHODS if name not in _names(rows)}
+    wanted = some_of(asked.rows, list(known), "row", experiment) if asked.rows else [row.name for row in rows]
+    return [*(known[name] for name in wanted), *map(own, asked.routers)]
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return [row.name for row in rows]
 
 
 def _base(study: Study, corpus: str, asked: Asked) -> TrainConfig:

@@ -11,7 +11,7 @@ from usmoe.reproduce.experiment import EXPERIMENTS
 from usmoe.reproduce.figures import paper_figures
 from usmoe.reproduce.paired import Sample, ranked
 from usmoe.reproduce.training.compare import Rows, Value, honest, of, stated, teacher_forced
-from usmoe.reproduce.training.details import curves, read_otherwise, routing
+from usmoe.reproduce.training.details import TEXTS, curves, read_otherwise, routing
 from usmoe.reproduce.training.measure import Measured
 from usmoe.reproduce.training.plan import Plan, about
 from usmoe.reproduce.training.run import Result
@@ -19,7 +19,6 @@ from usmoe.reproduce.training.study import PAPER_CORPORA, Text
 from usmoe.reproduce.view import View
 
 _SETTINGS = {"clean": "Original", "corrupt": "Corrupt"}
-_TEXTS = {"clean": "", "corrupt": ", corrupted"}
 
 
 def views(result: Result) -> list[View]:
@@ -89,7 +88,7 @@ def _ranked(group: Rows, sample: Callable[[Sequence[Measured]], Sample]) -> tupl
 
 
 def _title(plan: Plan, corpus: str, text: Text) -> str:
-    return f"{plan.experiment}, {plan.scale} scale, {corpus}{_TEXTS[text]}: {EXPERIMENTS[plan.experiment].title}"
+    return f"{plan.experiment}, {plan.scale} scale, {corpus}{TEXTS[text]}: {EXPERIMENTS[plan.experiment].title}"
 
 
 def _number(value: float | None) -> str:
@@ -114,8 +113,8 @@ def _printed(plan: Plan, corpus: str, text: Text) -> dict[str, dict[str, float]]
 
 def _legend(plan: Plan, one: Measured, printed: Mapping[str, object]) -> str:
     unit = f"Bits a {one.figures.unit}" if one.figures.bits else "Perplexity a word"
-    words = [f"{unit}, lower is better: the mean over {len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}"]
-    words[0] += ", in brackets the deviation." if len(plan.seeds) > 1 else "."
+    seeds = f"the mean over {len(plan.seeds)} seeds, in brackets the deviation" if plan.seeds[1:] else "one seed"
+    words = [f"{unit}, lower is better: {seeds}."]
     words.append(
         f"Of {one.figures.tokens:,} tokens of the test split. Honest: {plan.measurement.positions} positions, each "
         "predicted from the tokens before it alone, ± the half of the 95 % interval of that sample (none where the "
