@@ -109,6 +109,10 @@ _LEAK = (
 _STABLE = (
     "EC softmax over tokens and EC sigmoid choose the same pairs at equal logits; they can differ by training alone."
 )
+_WEIGHTS = (
+    "Methods differ in two things, who is chosen and how much a choice weighs: a token's weights sum to 1 in SMoE and "
+    "XMoE, and to far less in USMoE. The two controls change the weights alone."
+)
 _EC = "expert_choice_sigmoid"
 _ECS = (_EC, "expert_choice_softmax_tokens", "expert_choice_softmax_experts")
 
@@ -155,7 +159,7 @@ STUDIES: dict[str, Study] = {
         ),
         texts=("clean", "corrupt"),
         figures="table14",
-        says=(_NO_BALANCE, _LEAK, _STABLE),
+        says=(_NO_BALANCE, _LEAK, _STABLE, _WEIGHTS),
     ),
     "figure6": Study(
         rows=tuple(map(named, _ECS)),
