@@ -175,6 +175,14 @@ def test_settings_in_use_stand_above_the_papers(name, tmp_path):
         kind.plan(experiment, Asked(seeds=3))
 
 
+def test_settings_of_other_texts_stand_apart_from_the_papers(tmp_path):
+    kind = kind_of(find("table15"))
+    result = kind.run(kind.plan(find("table15"), Asked()), tmp_path, offline=True, anew=False, done=lambda word: None)
+    (view,) = kind.views(result, wide=True)
+    assert [row[0] for row in view.rows[:3]] == ["novels", "wiki2016", "paper, enwik8"]
+    assert view.rows[2][1:] == ("512", "48", "0.00025", "100,000")
+
+
 def test_settings_of_the_small_scale_say_that_they_are_others(tmp_path):
     kind = kind_of(find("table16"))
     result = kind.run(kind.plan(find("table16"), Asked()), tmp_path, offline=True, anew=False, done=lambda word: None)

@@ -223,8 +223,10 @@ def test_a_figure_has_its_curves_and_is_drawn(tiny, tmp_path):
     kind = kind_of(find("figure6"))
     kind.plot(result, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    head = kind.views(result, wide=True)[-1].head
-    assert head[-1] == "dropped, 100 % of steps"
+    view = kind.views(result, wide=True)[2]
+    assert view.head[-3:] == ("dropped, 10 % of steps", "dropped, 50 % of steps", "dropped, 100 % of steps")
+    last = sum(result.curves[one.name]["dropped"][-1] for one in made.runs) / 2
+    assert view.rows[0][-1] == f"{100 * last:.1f} %"
     with pytest.raises(ValueError, match=r"table14 is a table in the paper.*drawn are figure6"):
         kind.refuse_picture(find("table14"))
 

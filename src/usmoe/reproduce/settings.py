@@ -90,12 +90,11 @@ def views(result: Result, wide: bool) -> list[View]:
         rows.append(
             (name, *(f"{said[one]:g}" if one == "lr" else f"{said[one]:,}" for one in (length, "batch", "lr", field)))
         )
-        if values := printed.get(names.get(name, "")):
-            words = [
-                f"{values[one]:g}" if one == "Lr" else f"{values[one]:,.0f}"
-                for one in ("Input length", "Batch size", "Lr", last)
-            ]
-            rows.append((PAPER, *words))
+        if plan.scale == "paper" or not training:
+            rows.append((PAPER, *_printed(printed[names[name]], last)))
+    if training and plan.scale == "small":  # other data than the paper's
+        own = {paper: name for name, paper in names.items()}
+        rows += [(f"paper, {own[name]}", *_printed(values, last)) for name, values in printed.items()]
     command = "usmoe train NAME" if training else "usmoe finetune CHECKPOINT NAME"
     about = f"`{command}` runs one." if plan.scale == "paper" else "What the tables at small scale have in their place."
     return [
@@ -110,6 +109,14 @@ def views(result: Result, wide: bool) -> list[View]:
             ),
             notes=paper_figures(experiment.name).notes,
         )
+    ]
+
+
+def _printed(values: Mapping[str, float], last: str) -> list[str]:
+    """A row of the paper's."""
+    return [
+        f"{values[one]:g}" if one == "Lr" else f"{values[one]:,.0f}"
+        for one in ("Input length", "Batch size", "Lr", last)
     ]
 
 

@@ -96,16 +96,15 @@ def routing(result: Result, corpus: str) -> View:
         "best at": (lambda one: one.figures.step, ",.0f"),
         "minutes": (lambda one: one.training_seconds / 60, ".1f"),
     }
-    curved = _curve_columns(result, corpus)
     lines = []
     for row in plan.rows:
         if row.name in rows:
             found = [(cell(rows[row.name], value), form) for value, form in columns.values()]
             words = ["-" if one is None else f"{one.value:{form}}" for one, form in found]
-            lines.append((row.label, *words, *(curve.get(row.name, "-") for curve in curved.values())))
+            lines.append((row.label, *words))
     return View(
         title=f"{plan.experiment}, {plan.scale} scale, {corpus}: what the routers do, and what they cost",
-        head=("method", *columns, *curved),
+        head=("method", *columns),
         labels=1,
         rows=tuple(lines),
         bold=(),
@@ -121,17 +120,24 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _curve_columns(result: Result, corpus: str) -> dict[str, dict[str, str]]:
-    """{column: {row: word}}: the curves at a tenth, at half and at the end of the steps, means over seeds."""
-    found: dict[str, dict[str, str]] = {}
+def in_training(result: Result, corpus: str) -> View:
+    """The curves at a tenth, at half and at the end of the steps, means over seeds."""
+    plan = result.plan
+    columns: dict[str, dict[str, str]] = {}
     for name, lines in curves(result, corpus).items():
         for share in (0.1, 0.5, 1.0):
             for row, (steps, values) in lines.items():
                 at = min(range(len(steps)), key=lambda i: abs(steps[i] - share * steps[-1]))
-                word = f"{100 * values[at]:.1f}" if name == "dropped" else f"{values[at]:.3f}"
-                unit = "dropped" if name == "dropped" else name
-                found.setdefault(f"{unit}, {100 * share:g} % of steps", {})[row] = word
-    return found
+                word = f"{100 * values[at]:.1f} %" if name == "dropped" else f"{values[at]:.3f}"
+                columns.setdefault(f"{name}, {100 * share:g} % of steps", {})[row] = word
+    return View(
+        title=f"{plan.experiment}, {plan.scale} scale, {corpus}: in training",
+        head=("method", *columns),
+        labels=1,
+        rows=tuple((row.label, *(one.get(row.name, "-") for one in columns.values())) for row in plan.rows),
+        bold=(),
+        says=("Of the training batches, means over some steps and over seeds; the JSON has the curves whole.",),
+    )
 
 
 def curves(result: Result, corpus: str) -> dict[str, dict[str, tuple[list[float], list[float]]]]:

@@ -11,7 +11,7 @@ from usmoe.reproduce.experiment import EXPERIMENTS
 from usmoe.reproduce.figures import paper_figures
 from usmoe.reproduce.paired import Sample, ranked
 from usmoe.reproduce.training.compare import Rows, Value, honest, of, stated, teacher_forced
-from usmoe.reproduce.training.details import TEXTS, curves, read_otherwise, routing
+from usmoe.reproduce.training.details import TEXTS, curves, in_training, read_otherwise, routing
 from usmoe.reproduce.training.measure import Measured
 from usmoe.reproduce.training.plan import Plan, about
 from usmoe.reproduce.training.run import Result
@@ -28,6 +28,7 @@ def views(result: Result) -> list[View]:
     for text in plan.texts:
         for corpus in plan.corpora:
             found += [_likelihoods(result, corpus, text), read_otherwise(result, corpus, text)]
+    found += [in_training(result, corpus) for corpus in plan.corpora if plan.study.curves]
     found += [routing(result, corpus) for corpus in plan.corpora]
     last = found.pop()
     notes = () if plan.study.figures is None else paper_figures(plan.study.figures).notes
@@ -116,7 +117,7 @@ def _legend(plan: Plan, one: Measured, printed: Mapping[str, object]) -> str:
     seeds = f"the mean over {len(plan.seeds)} seeds, in brackets the deviation" if plan.seeds[1:] else "one seed"
     words = [f"{unit}, lower is better: {seeds}."]
     words.append(
-        f"Of {one.figures.tokens:,} tokens of the test split. Honest: {plan.measurement.positions} positions, each "
+        f"Of {one.figures.tokens:,} tokens of the test split. Honest: {plan.measurement.positions:,} positions, each "
         "predicted from the tokens before it alone, ± the half of the 95 % interval of that sample (none where the "
         "teacher-forced figure is honest)."
     )
@@ -204,4 +205,5 @@ def plot(result: Result, path: Path) -> None:
         for corpus in plan.corpora
         for what, lines in curves(result, corpus).items()
     }
-    curves_plot(path, panels, f"{plan.experiment}, {plan.scale} scale: in training, means over {len(plan.seeds)} seeds")
+    seeds = f"means over {len(plan.seeds)} seeds" if plan.seeds[1:] else "one seed"
+    curves_plot(path, panels, f"{plan.experiment}, {plan.scale} scale: in training, {seeds}")
