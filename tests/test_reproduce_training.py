@@ -177,6 +177,8 @@ def test_a_table_is_trained_measured_saved_and_shared(tiny, tmp_path, monkeypatc
     assert load(tmp_path / "results" / "table14-small.json") == result
 
     clean, corrupt = result.rows[:2]
+    assert sum(clean.figures.forced.counts) == 599
+    assert clean.figures.served["prefix"].sums == ()
     assert clean.figures.tokens == corrupt.figures.tokens == 599
     assert (clean.corrupted, corrupt.corrupted > 0) == (0, True)
     assert corrupt.figures.forced.nats != clean.figures.forced.nats

@@ -61,7 +61,7 @@ def reproduce(
     plot: Annotated[Path | None, typer.Option(help="Write a PNG, of a figure.")] = None,
     markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write the comparison as Markdown.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Run again, and replace the result and the files that are there.")
+        bool, typer.Option("--force", help="Run again, and replace the result and files. Trained models stay.")
     ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -86,6 +86,7 @@ def reproduce(
     if name is None:
         raise typer.BadParameter("Give the name of a table or figure, such as table5; --list shows them all")
     experiment = find(name, part)
+    from usmoe.cli.train import keep_memory
     from usmoe.reproduce.kind import Asked, kind_of
     from usmoe.reproduce.saved import kept, markdown, save
 
@@ -116,6 +117,8 @@ def reproduce(
     else:
         if said := kind.announce(plan, offline):
             sys.stderr.write(f"{said}\n")
+        if kind.TRAINS:
+            keep_memory()
         with tqdm(total=plan.parts, file=sys.stderr, disable=None, unit=kind.UNIT, desc=experiment.name) as bar:
             result = kind.run(plan, results, offline=offline, anew=force, done=lambda word: _tick(bar, word))
         save(result, path)

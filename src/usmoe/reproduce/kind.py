@@ -106,6 +106,11 @@ class Kind(Protocol):
         """What a part of a run is called: score, model."""
         ...
 
+    @property
+    def TRAINS(self) -> bool:  # noqa: N802 - a constant of a module
+        """Whether a run trains models."""
+        ...
+
     def plan(self, experiment: Experiment, asked: Asked) -> Any:
         """Raises ValueError for what cannot be run, and for what is asked and means nothing here."""
         ...

@@ -15,6 +15,7 @@ from usmoe.reproduce.view import PAPER, View
 
 SCHEMA = 1
 UNIT = "setting"
+TRAINS = False
 
 _TRAINING = {"enwik8": "enwik8", "text8": "text8", "wikitext103": "WikiText-103", "lm1b": "One Billion Word"}
 _FINETUNING = {"sst2": "SST-2", "sst5": "SST-5", "imdb": "IMDB", "banking77": "BANKING77"}

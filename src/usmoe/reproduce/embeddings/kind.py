@@ -15,6 +15,7 @@ from usmoe.reproduce.kind import Asked
 from usmoe.reproduce.view import View
 
 UNIT = "score"
+TRAINS = False
 plot = render.plot
 read = Result.from_dict
 

@@ -15,6 +15,7 @@ from usmoe.reproduce.finetuning.run import Result
 from usmoe.reproduce.view import View
 
 UNIT = "part"
+TRAINS = True
 plan = planning.plan
 
 

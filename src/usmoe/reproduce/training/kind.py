@@ -16,6 +16,7 @@ from usmoe.reproduce.training.study import STUDIES
 from usmoe.reproduce.view import View
 
 UNIT = "part"
+TRAINS = True
 plan = planning.plan
 plot = render.plot
 

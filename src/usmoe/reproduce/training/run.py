@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from usmoe.reproduce.training.measure import Measured, measured
+from usmoe.reproduce.training.measure import Measured, lean, measured
 from usmoe.reproduce.training.plan import Plan
 from usmoe.reproduce.training.runs import Run
 
@@ -72,26 +72,16 @@ def run(
 
     Ctrl-C raises KeyboardInterrupt with a checkpoint written.
     """
-    data = None if plan.data is None else Path(plan.data)
+    where: dict[str, Any] = {"data": None if plan.data is None else Path(plan.data), "offline": offline}
+    where["device"] = plan.device
     rows, curves = [], {}
     for one in plan.runs:
         folder = results / RUNS / one.name
-        trained(one, folder, results / CORPORA, data=data, offline=offline, device=plan.device)
+        trained(one, folder, results / CORPORA, **where)
         done(f"{one.name} trained")
         for text in plan.texts:
-            rows.append(
-                measure(
-                    one,
-                    text,
-                    folder,
-                    results / CORPORA,
-                    plan.measurement,
-                    data=data,
-                    offline=offline,
-                    device=plan.device,
-                    anew=anew,
-                )
-            )
+            found = measure(one, text, folder, results / CORPORA, plan.measurement, anew=anew, **where)
+            rows.append(lean(found))
             done(f"{one.name} {text}")
         if plan.study.curves:
             curves[one.name] = curve(folder, plan.study.curves)
