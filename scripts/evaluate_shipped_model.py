@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 import usmoe
-from corpus import read_text, tokens_of
+from usmoe.data.bpe import Pieces
+from usmoe.data.text import FilePart
 from usmoe.hf.likelihood import teacher_forced
 from usmoe.hf.load import load
 
@@ -36,8 +37,8 @@ def main() -> None:
     length = model.config.max_position_embeddings
     rows = []
     for path in args.texts:
-        text = read_text(path)
-        ids = torch.from_numpy(tokens_of(text, tokenizer).astype("int64"))
+        text = b"".join(FilePart(path).blocks()).decode()
+        ids = torch.tensor(Pieces(tokenizer.backend_tokenizer.to_str()).encode(text), dtype=torch.int64)
         windows = ids[: len(ids) // length * length].view(-1, length)
         nats = teacher_forced(model, windows, batch_size=16).double().mean().item()
         bits = nats / math.log(2) * len(ids) / len(text.encode())

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from corpus import read_text
+from usmoe.data.text import FilePart
 
 
 def excerpts(text: str, pieces: int, size: int) -> list[str]:
@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=72)
     parser.add_argument("--bytes", type=int, default=1500, help="of a piece, at least")
     args = parser.parse_args()
-    sys.stdout.write("\n\n".join(excerpts(read_text(args.text), args.pieces, args.bytes)) + "\n")
+    sys.stdout.write(
+        "\n\n".join(excerpts(b"".join(FilePart(args.text).blocks()).decode(), args.pieces, args.bytes)) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import usmoe
+from usmoe.cli.app import app
 from usmoe.data.corpus import Corpus
 from usmoe.models import SAMPLE
 from usmoe.models.config import LanguageConfig
@@ -24,6 +26,7 @@ from usmoe.train.config import Evaluation, TrainConfig, read_config
 from usmoe.train.folder import RunFolder, load_run
 from usmoe.train.loop import train
 from usmoe.train.methods import METHODS
+from usmoe.train.muon import orthogonalise
 from usmoe.train.optimizers import learning_rate
 
 MODEL = LanguageConfig(layers=2, d_model=16, heads=2, d_ff=8, num_experts=16, dropout=0.1)
@@ -290,6 +293,45 @@ def test_schedules():
     plateau = configured(schedule="plateau", decay=4, steps=12)
     assert [learning_rate(step, plateau) for step in (2, 7, 8)] == [3e-3] * 3
     assert learning_rate(11, plateau) == pytest.approx(3e-3 * (1 - 0.75**0.5))
+
+
+def test_an_orthogonalised_update_has_singular_values_near_one():
+    matrices = torch.randn(3, 12, 20, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_the_recipe_of_the_shipped_model_trains_and_is_exported(tmp_path, quiet_transformers):
+    """scripts/shipped.toml with tiny sizes, on the sample: what comes out is plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.txt").write_bytes(SAMPLE.read_bytes())
+    small = ["steps=4", "warmup=1", "decay=2", "batch=2", "segment=16", "compile=false", "evaluate_every=2"]
+    small += [
+        "model.d_model=16",
+        "model.d_ff=8",
+        "model.layers=2",
+        "corpus.vocabulary_size=300",
+        "evaluation.segment=16",
+    ]
+    recipe = Path(__file__).parent.parent / "scripts" / "shipped.toml"
+    changes = [
+        word for one in [*small, f"corpus.source={tmp_path}", "evaluation.tokens=200"] for word in ("--set", one)
+    ]
+    place = ["--run", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--export", str(tmp_path / "model")]
+    runner = CliRunner()
+    said = runner.invoke(app, ["train", str(recipe), *changes, *place])
+    assert said.exit_code == 0, said.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.decode(tokenizer("It was a dark night.").input_ids) == "It was a dark night."
+    ours, tokens = load_run(tmp_path / "run").model, torch.arange(2, 14).view(1, -1)
+    theirs = model.float()(tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(ours.words.logits(ours(tokens).hidden), theirs, rtol=0, atol=0.03)
 
 
 def test_parts_of_a_step_are_the_whole_step(tmp_path):

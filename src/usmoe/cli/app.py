@@ -64,7 +64,8 @@ def main() -> None:
 
 
 _EXTRAS = {"lm_eval": "lm-eval", "bitsandbytes": "quant", "matplotlib": "viz"}
-_EXTRAS |= dict.fromkeys(("mteb", "sentence_transformers", "datasets", "pyarrow", "sklearn"), "embed")
+_EXTRAS |= dict.fromkeys(("mteb", "sentence_transformers", "sklearn"), "embed")
+_EXTRAS |= dict.fromkeys(("datasets", "pyarrow", "tensorboard"), "train")
 
 
 def _extra(package: str) -> str:

@@ -49,6 +49,9 @@ def train(
     ] = None,
     cache: Annotated[Path, typer.Option(help="Where prepared corpora are kept.")] = Path("usmoe-runs/.corpora"),
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events into the run's folder.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the best model as transformers loads it; of decoders alone.")
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the configuration as JSON, and train nothing.")] = False,
     seed: Annotated[int | None, typer.Option(help="In place of the configuration's.")] = None,
     device: Device = "cpu",
@@ -89,17 +92,27 @@ def train(
         return
     folder = run or _fresh(chosen)
     sys.stderr.write(f"{folder}: {chosen.steps} steps of {chosen.batch} x {chosen.segment} tokens\n")
+    if export is not None:
+        from usmoe.train.export import refuse_what_is_no_olmoe
+
+        refuse_what_is_no_olmoe(chosen.model)  # asked before the work, not after it
+        options.output_folder(export, force=False)
     keep_memory()
-    finished = go(
-        chosen,
-        folder,
-        cache=cache,
-        data=data,
-        offline=offline,
-        device=device,
-        resume=resume,
-        tensorboard=tensorboard,
-    )
+    try:
+        finished = go(
+            chosen,
+            folder,
+            cache=cache,
+            data=data,
+            offline=offline,
+            device=device,
+            resume=resume,
+            tensorboard=tensorboard,
+        )
+    except KeyboardInterrupt as stop:  # which typer would end without a word
+        raise typer.Abort(*stop.args) from stop
+    if export is not None:
+        _export(folder, export)
     _tell(finished, as_json)
 
 
@@ -196,6 +209,19 @@ def _sized(
         lambda line: sys.stderr.write(f"{line}\n"),
     )
     return found.config
+
+
+def _export(folder: Path, export: Path) -> None:
+    from usmoe.data.bpe import Pieces
+    from usmoe.train.export import export as write
+    from usmoe.train.folder import load_run
+
+    trained = load_run(folder)
+    words, context = trained.vocabulary, trained.config.segment
+    tokenizer = words.for_transformers(context) if isinstance(words, Pieces) else None
+    write(trained.model, tokenizer, export, context=context)
+    without = "" if tokenizer else " (without a tokenizer, which level=bpe has)"
+    sys.stderr.write(f"Exported: {export}{without}\n")
 
 
 def keep_memory() -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from usmoe.models.config import LanguageConfig
+from usmoe.models.norms import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,8 +139,8 @@ class RotaryAttention(nn.Module):
         self.out = nn.Linear(wide, config.d_model, bias=False)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
-        self.query_norm = nn.RMSNorm(wide, eps=1e-5) if config.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(wide, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(wide, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(wide, eps=1e-5) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Float[Tensor, "B L D"], seen: Float[Tensor, "B K D"], sight: Sight) -> Float[Tensor, "B L D"]:
         """x are the segment's tokens, seen the remembered ones and then the same tokens."""

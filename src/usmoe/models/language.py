@@ -16,6 +16,7 @@ from usmoe.experts.compute import ACTIVATIONS, up_width
 from usmoe.layers import MoE
 from usmoe.models.attention import RelativeAttention, RotaryAttention, Sight
 from usmoe.models.config import LanguageConfig
+from usmoe.models.norms import norm_of
 from usmoe.models.words import words_of
 from usmoe.routing.gates import gate_of
 from usmoe.routing.text import parse_router
@@ -71,7 +72,7 @@ class LanguageModel(nn.Module):
         if config.num_experts and router is None:
             router = parse_router(config.router)
         self.layers = nn.ModuleList(_Layer(config, router) for _ in range(config.layers))
-        self.norm = _norm(config) if config.norm_place == "pre" else nn.Identity()
+        self.norm = norm_of(config) if config.norm_place == "pre" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -134,7 +135,7 @@ class _Layer(nn.Module):
         self.pre = config.norm_place == "pre"
         self.attention = (RelativeAttention if config.position == "relative" else RotaryAttention)(config)
         self.feed_forward = _moe(config, router) if config.num_experts else _Dense(config)
-        self.attention_norm, self.feed_forward_norm = _norm(config), _norm(config)
+        self.attention_norm, self.feed_forward_norm = norm_of(config), norm_of(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -191,7 +192,3 @@ def _moe(config: LanguageConfig, router: Any) -> MoE:
         noise=config.noise,
         moving=config.moving,
     )
-
-
-def _norm(config: LanguageConfig) -> nn.Module:
-    return nn.LayerNorm(config.d_model) if config.norm == "layer" else nn.RMSNorm(config.d_model, eps=1e-5)

@@ -42,7 +42,7 @@ def as_olmoe(model: LanguageModel, *, context: int, k: int = 2) -> Any:
 
     config = model.config
     assert config.vocabulary is not None
-    _refuse_another(config)
+    refuse_what_is_no_olmoe(config)
     routers = [layer.router for layer in model.moe_layers]
     given = getattr(routers[0], "k", None)
     k = int(given) if isinstance(given, int | float) and given >= 1 and given == int(given) else k
@@ -96,7 +96,8 @@ def _spelt_out(router: Any) -> Any:
     return dataclasses.replace(router, alpha=ROUTE.alpha) if unsaid else router
 
 
-def _refuse_another(config: LanguageConfig) -> None:
+def refuse_what_is_no_olmoe(config: LanguageConfig) -> None:
+    """Raise ValueError for a model that OLMoE cannot be, naming the fields."""
     other = {name: getattr(config, name) for name, value in _NEEDED.items() if getattr(config, name) != value}
     if config.size_of_head * config.heads != config.d_model:
         other["head_size"] = config.head_size

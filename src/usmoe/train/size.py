@@ -70,9 +70,10 @@ def suggest(
             moving=config.model.moving,
         )
         found = _of_size(config, model, minutes, tokens, device)
+        size, active = found.parameters / 1e6, found.active / 1e6
         say(
-            f"{layers} layers of {d_model}: {found.parameters / 1e6:.1f} M parameters, {found.active / 1e6:.2f} M of them "
-            f"active, {found.tokens_per_second:,.0f} tokens a second"
+            f"{layers} layers of {d_model}: {size:.1f} M parameters, {active:.2f} M of them active, "
+            f"{found.tokens_per_second:,.0f} tokens a second"
         )
         seen = found.config.steps * found.config.batch * found.config.segment
         if best is not None and seen < TOKENS_A_PARAMETER * found.active:
