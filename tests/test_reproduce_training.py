@@ -200,6 +200,17 @@ def refuse(*args, **given):
     raise AssertionError("It is there already.")
 
 
+def test_a_router_of_ones_own_is_a_row_beside_the_others(tiny, tmp_path):
+    made = plan(find("table2"), Asked(data=tiny, rows=("token_choice",), routers=("tiny_scale:first_two",), seeds=1))
+    result = run(made, tmp_path)
+    mine = result.rows[2]
+    assert (mine.row, mine.figures.forced.experts, mine.figures.forced.dropped) == ("tiny_scale-first_two", 2, 0)
+    assert mine.figures.served == {}
+    assert mine.figures.honest.positions == 10  # it promises nothing, so it is taken to look ahead
+    assert mine.figures.honest.nats == pytest.approx(mine.figures.forced.nats, abs=1e-5)
+    assert views(result)[0].rows[1][0] == "tiny_scale:first_two"
+
+
 def test_figures_that_are_kept_are_read_unless_asked_anew(tiny, tmp_path):
     made = plan(find("figure12", "b"), Asked(data=tiny, rows=("token_choice",), seeds=1))
     first = run(made, tmp_path)

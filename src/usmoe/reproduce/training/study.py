@@ -59,7 +59,7 @@ def named(method: str, paper: str | None = None, k: float | None = None) -> Row:
 def own(router: str) -> Row:
     """A row of a router as typed; no balance loss."""
     name = re.sub(r"[^\w.]+", "-", router).strip("-")
-    return Row(name=name, method=Method(title=router, router=router))
+    return Row(name=name, method=Method(title=router, router=router, note="Without a balance loss."))
 
 
 @dataclass(frozen=True, kw_only=True)
