@@ -22,14 +22,12 @@ from usmoe.data.encode import write_split
 from usmoe.data.hub import announce
 from usmoe.data.sources import Source, find_source
 from usmoe.data.text import decoded
-from usmoe.data.units import Unit
+from usmoe.data.units import UNITS, Unit
 from usmoe.data.vocabulary import Vocabulary
 from usmoe.report.whole import whole_json
 
 _FORM = 1
 """Raised when the same corpus would make other arrays than before: what was prepared is then prepared anew."""
-
-_UNITS: Mapping[str, Unit] = {"byte": "character", "char": "character", "bpe": "byte", "word": "word"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +56,7 @@ class Prepared:
     def unit(self) -> Unit:
         """What figures are stated by: a character at the level of bytes (as is the custom with enwik8) and characters,
         a byte of BPE, a word (line ends are words)."""
-        return _UNITS[self.vocabulary.level]
+        return UNITS[self.vocabulary.level]
 
     @property
     def train(self) -> Tokens:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 Unit = Literal["character", "byte", "word"]
+
+UNITS: Mapping[str, Unit] = {"byte": "character", "char": "character", "bpe": "byte", "word": "word"}
+"""By the level of a vocabulary: bytes are called characters, as is the custom with enwik8; line ends are words."""
 
 
 def stated(nats: float, unit: Unit, tokens_per_unit: float) -> dict[str, float]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from usmoe.data.array import Tokens
-from usmoe.data.units import Unit
+from usmoe.data.units import UNITS
 from usmoe.data.vocabulary import Vocabulary
 from usmoe.models.flops import flops
 from usmoe.models.language import LanguageModel
@@ -24,8 +24,6 @@ from usmoe.types import is_causal, promises_of
 
 BLOCKS = 50
 """Into how many blocks of neighbouring tokens a text is divided for bands; fewer where one would be below a segment."""
-
-_UNIT: Mapping[str, Unit] = {"byte": "character", "char": "character", "bpe": "byte", "word": "word"}
 
 
 def evaluate_model(
@@ -72,7 +70,7 @@ def evaluate_model(
         positions=positions,
         seed=seed,
         tokens=forced.tokens,
-        unit=_UNIT[trained.vocabulary.level],
+        unit=UNITS[trained.vocabulary.level],
         tokens_per_unit=tokens_per_unit(trained.vocabulary, text),
         forced=_measured(model, forced, setting),
         honest=honest(model, tokens, setting, forced, positions, seed, window=window, progress=progress),
