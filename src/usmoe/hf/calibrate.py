@@ -16,11 +16,10 @@ from transformers import PreTrainedModel
 from usmoe.hf.layers import Layer
 from usmoe.hf.patch import listening, one_for_each, patch_of, patched, supported_layers
 from usmoe.hf.wrapped import unwrapped
+from usmoe.layers.spending import ranking_scores as ranking
+from usmoe.layers.spending import spending_threshold
 from usmoe.routing import ExpertChoice, OwnChoice, USMoE
-from usmoe.routing.pools import pools
-from usmoe.routing.router import competing, experts_per_token
-from usmoe.routing.scores import EXPERT_CHOICE_SCORES
-from usmoe.routing.select import budget, capacity, cut_above_floors, per_expert
+from usmoe.routing.router import experts_per_token
 from usmoe.types import RouterOutput
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -110,14 +109,8 @@ def ranking_scores(
         def listen(name: str, said: RouterOutput) -> None:
             layer, seed = rankers[name]
             valid = said.routing.valid
-            batch, length, _ = said.logits.shape
-            flat, competes = competing(said.logits, None if valid is None else valid.view(batch, length))
-            group = pools("token", batch, length, competes)
-            if isinstance(seed, USMoE):
-                scores = seed.unified_scores(flat, group, layer.host)[1]
-            else:
-                scores = EXPERT_CHOICE_SCORES[seed.score](flat, group).masked_fill(flat == -torch.inf, -torch.inf)
-            kept[name].append(scores[competes.reshape(-1)].cpu())
+            valid = None if valid is None else valid.view(said.logits.shape[:2])
+            kept[name].append(ranking(seed, said.logits, valid, layer.host).cpu())
 
         stack.enter_context(listening(model, listen))
         for batch in batches:
@@ -150,11 +143,4 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 def threshold(router: USMoE | ExpertChoice, layer: Layer, scores: Float[Tensor, "S E"]) -> float | tuple[float, ...]:
     """The value at which a router spends its budget on tokens of these scores, its floor included."""
     k = experts_per_token(router.k, layer.host, layer.num_experts)
-    tokens = torch.tensor([len(scores)])
-    eligible = scores > -torch.inf
-    if isinstance(router, ExpertChoice):
-        _, cut = per_expert(scores[None], eligible[None], capacity(k, tokens, layer.num_experts))
-        return tuple(cut[0].tolist())
-    floors = torch.full((1, len(scores)), router.min_experts)
-    cut, _ = cut_above_floors(scores[None], eligible[None], floors, budget(k, tokens))
-    return cut.item()
+    return spending_threshold(router, scores, k, layer.num_experts)

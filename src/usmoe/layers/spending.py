@@ -30,14 +30,17 @@ def ranking_scores(
     return scores[competes.reshape(-1)]
 
 
-def spending_threshold(router: USMoE | ExpertChoice, scores: Float[Tensor, "S E"], k: float) -> Threshold:
+def spending_threshold(router: USMoE | ExpertChoice, scores: Float[Tensor, "S E"], k: float, experts: int) -> Threshold:
     """The value that floor(k*S + 0.5) pairs of these tokens reach, those that the router's floor adds included; for
     expert choice one an expert, which as many tokens reach as it would take of them. It lies midway between two
-    scores, so that no observed pair sits on it."""
+    scores, so that no observed pair sits on it.
+
+    experts  among which a budget of expert choice is divided: those that compute, where some columns are of none
+    """
     tokens = torch.tensor([len(scores)])
     eligible = scores > -torch.inf
     if isinstance(router, ExpertChoice):
-        _, cut = per_expert(scores[None], eligible[None], capacity(k, tokens, scores.shape[1]))
+        _, cut = per_expert(scores[None], eligible[None], capacity(k, tokens, experts))
         return tuple(cut[0].tolist())
     floors = torch.full((1, len(scores)), router.min_experts)
     cut, _ = cut_above_floors(scores[None], eligible[None], floors, budget(k, tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
-        self.sparsity = SparsityController.of(model.moe_layers[0].router) if config.sparsity else None
+        router: Any = model.moe_layers[0].router if config.sparsity else None
+        self.sparsity = SparsityController.of(router) if config.sparsity else None
 
     def forward(
         self, tokens: Int[Tensor, "B L"], targets: Int[Tensor, "B L"], memory: Memory | None = None

@@ -92,7 +92,7 @@ def calibrated(model: LanguageModel, tokens: Tokens, setting: Evaluation, *, k: 
         with evaluating(model, [*found[:place], *own[place:]]):
             scores = _scores(model, place, one, tokens, setting)
         number = experts_per_token(one.k, ROUTE, scores.shape[1])
-        found[place] = threshold_form(one, spending_threshold(one, scores, number))
+        found[place] = threshold_form(one, spending_threshold(one, scores, number, scores.shape[1]))
     return found
 
 
