@@ -29,9 +29,16 @@ class Sight:
         remembered: int,
         valid: Bool[Tensor, "B L"] | None = None,
         segments: Int[Tensor, "B L"] | None = None,
+        *,
+        kept: Bool[Tensor, "B M"] | None = None,
+        segment: Int[Tensor, " B"] | None = None,
     ) -> Sight:
-        """Padding is seen by itself alone (a softmax over nothing is NaN), a packed segment by its own tokens. What is
-        remembered belongs to the first segment of each sequence, and is real."""
+        """Padding is seen by itself alone (a softmax over nothing is NaN), a packed segment by its own tokens.
+
+        Of what is remembered, the places that are `kept` (None: all) are seen, by the tokens that go on with its
+        `segment` (None: 0): by all where there are no segments, else by the first ones, as long as they have its id.
+        Raises ValueError where padding stands between those and what is remembered: it would count as distance.
+        """
         blocked = None
         if valid is not None:
             own = torch.eye(length, dtype=torch.bool, device=valid.device)
@@ -39,11 +46,17 @@ class Sight:
         if segments is not None:
             other = segments[:, :, None] != segments[:, None, :]
             blocked = other if blocked is None else blocked | other
-        if blocked is not None and remembered:
-            before = blocked.new_zeros(len(blocked), length, remembered)
-            if segments is not None:
-                before = before | (segments != segments[:, :1])[:, :, None]
-            blocked = torch.cat([before, blocked], -1)
+        if remembered and not (blocked is None and kept is None):
+            going_on = None if segments is None else _going_on(valid, segments, segment)
+            if valid is not None:
+                _refuse_padding_between(valid, going_on, kept)
+            like = blocked if blocked is not None else kept
+            assert like is not None
+            before = like.new_zeros(len(like), length, remembered)
+            before = before if kept is None else before | ~kept[:, None, :]
+            before = before if going_on is None else before | ~going_on[:, :, None]
+            own = before.new_zeros(len(like), length, length) if blocked is None else blocked
+            blocked = torch.cat([before, own], -1)
         return Sight(length=length, remembered=remembered, blocked=None if blocked is None else blocked.unsqueeze(1))
 
     def bias(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "#B 1 L M+L"]:
@@ -51,6 +64,28 @@ class Sight:
         later = _later(self.length, self.remembered, device)
         hidden = later if self.blocked is None else later | self.blocked
         return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
+
+
+def _going_on(
+    valid: Bool[Tensor, "B L"] | None, segments: Int[Tensor, "B L"], segment: Int[Tensor, " B"] | None
+) -> Bool[Tensor, "B L"]:
+    """The tokens from the first on that have the id of what is remembered; padding among them breaks nothing."""
+    same = segments == (0 if segment is None else segment[:, None])
+    return (same if valid is None else same | ~valid).cumprod(1).bool()
+
+
+def _refuse_padding_between(
+    valid: Bool[Tensor, "B L"], going_on: Bool[Tensor, "B L"] | None, kept: Bool[Tensor, "B M"] | None
+) -> None:
+    """Raise ValueError for a token behind padding that sees what is remembered."""
+    behind = valid & (~valid).cumsum(1).bool()
+    rows = (behind if going_on is None else behind & going_on).any(1)
+    rows = rows if kept is None else rows & kept.any(1)
+    if rows.any():
+        raise ValueError(
+            f"Padding stands between what is remembered and the tokens of row {int(rows.nonzero()[0])}, and would "
+            "count as distance. Put the padding of a segment that follows another behind its tokens."
+        )
 
 
 @functools.lru_cache(maxsize=8)

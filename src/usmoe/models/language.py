@@ -31,6 +31,11 @@ class Memory:
     """The last M inputs of each layer, without gradient."""
     routers: tuple[Any, ...]
     """The state of each layer's router, where it has one and is asked to go on (`stream`); else None."""
+    valid: Bool[Tensor, "B M"] | None = None
+    """The places that what follows may see: False for padding, which stands in front, and for packed examples that have
+    ended. None: all."""
+    segment: Int[Tensor, " B"] | None = None
+    """Id of the packed example that they are of; None: 0, as there were none."""
 
     @property
     def length(self) -> int:
@@ -87,29 +92,41 @@ class LanguageModel(nn.Module):
     ) -> LanguageOutput:
         """The hidden states of a segment, each token seeing itself, those before it, and the memory.
 
-        memory    what an earlier forward of the same sequences gave
+        memory    what an earlier forward of the same sequences gave. Padding in it, and packed examples that have
+                  ended, are not seen, and padding does not count as distance
         remember  how many of the last inputs of each layer to hand on, remembered ones included
         stream    whether routers that remember (prefix, a bucket) go on from segment to segment; else each segment is a
                   pool of its own
-        valid     False for padding, on either side
-        segments  ids of packed examples: neither attention nor a pool crosses them
+        valid     False for padding, on either side; after a memory, behind the tokens
+        segments  ids of packed examples: neither attention nor a pool crosses them. The first one goes on with the
+                  memory where it has the id that the memory ends with (0 where that was made without segments); a
+                  forward without segments goes on with that example
+
+        Raises ValueError for padding between what is remembered and tokens that see it.
         """
         x = self.words.embed(tokens)
         if self.config.position == "relative":
             x = x * math.sqrt(self.config.d_model)
         x = self.dropout(x)
-        sight = Sight.of(tokens.shape[1], 0 if memory is None else memory.length, valid, segments)
+        sight = _sight(tokens.shape[1], memory, valid, segments)
+        handed_on = _handed_on(memory, tokens, valid, segments) if remember else _HandedOn()
         kept, states, said = [], [], []
         for number, layer in enumerate(self.layers):
             before = None if memory is None else memory.layers[number]
             seen = x if before is None else torch.cat([before.to(x.dtype), x], 1)
             if remember:
-                kept.append(seen[:, -remember:].detach())
+                kept.append(handed_on.last(seen.detach(), remember))
             state = memory.routers[number] if memory is not None and stream else None
-            x, out = layer(x, seen, sight, tokens, valid, segments, state)
+            pooled = segments
+            if state is not None and memory is not None and segments is None and memory.segment is not None:
+                pooled = memory.segment[:, None].expand_as(tokens)  # by which the state knows that it goes on
+            x, out = layer(x, seen, sight, tokens, valid, pooled, state)
             states.append(out.routing.state if out is not None and stream else None)
             said += [] if out is None else [out]
-        after = Memory(layers=tuple(kept), routers=tuple(states)) if remember else None
+        after = None
+        if remember:
+            seen = None if handed_on.seen is None else handed_on.last(handed_on.seen, remember)
+            after = Memory(layers=tuple(kept), routers=tuple(states), valid=seen, segment=handed_on.segment)
         return LanguageOutput(hidden=self.dropout(self.norm(x)), memory=after, said=tuple(said))
 
     def reroute(self, routers: Any) -> None:
@@ -125,6 +142,55 @@ class LanguageModel(nn.Module):
     def moe_layers(self) -> list[MoE]:
         """From the first to the last."""
         return [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]
+
+
+def _sight(length: int, memory: Memory | None, valid: Tensor | None, segments: Tensor | None) -> Sight:
+    if memory is None:
+        return Sight.of(length, 0, valid, segments)
+    return Sight.of(length, memory.length, valid, segments, kept=memory.valid, segment=memory.segment)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _HandedOn:
+    """Which of the places that a segment sees, M remembered ones and its own, are seen by the next one."""
+
+    seen: Bool[Tensor, "B M+L"] | None = None
+    """The real ones of the last packed example; None: all."""
+    segment: Int[Tensor, " B"] | None = None
+    """Its id; None: 0."""
+    order: Int[Tensor, "B M+L"] | None = None
+    """Those that are not seen first, so that no padding lies between two that are; None: as they stand."""
+
+    def last(self, places: Tensor, number: int) -> Tensor:
+        """The last of (B, M+L, ...), in that order."""
+        if self.order is None:
+            return places[:, -number:]
+        order = self.order[:, -number:]
+        return places.take_along_dim(order.view(*order.shape, *[1] * (places.ndim - 2)), 1)
+
+
+def _handed_on(
+    memory: Memory | None,
+    tokens: Int[Tensor, "B L"],
+    valid: Bool[Tensor, "B L"] | None,
+    segments: Int[Tensor, "B L"] | None,
+) -> _HandedOn:
+    before, segment = (None, None) if memory is None else (memory.valid, memory.segment)
+    if before is None and valid is None and segments is None:
+        return _HandedOn(segment=segment)
+    own = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.bool()
+    if memory is not None and before is None:
+        before = own.new_ones(len(own), memory.length)
+    seen = own if before is None else torch.cat([before, own], 1)
+    if segments is not None:
+        first = segments.new_zeros(len(segments)) if segment is None else segment
+        ids = torch.cat([first[:, None].expand(-1, seen.shape[1] - own.shape[1]), segments], 1)
+        place = torch.arange(seen.shape[1], device=seen.device)
+        segment = ids.gather(1, place.where(seen, 0).amax(1, keepdim=True)).squeeze(1)
+        other = seen & (ids != segment[:, None])
+        seen = seen & (other.flip(1).cumsum(1).flip(1) == 0)  # the last run of its id alone
+    order = None if valid is None else seen.int().argsort(dim=1, stable=True)
+    return _HandedOn(seen=seen, segment=segment, order=order)
 
 
 class _Layer(nn.Module):
