@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 import usmoe
 from usmoe.models.attention import RelativeAttention, Sight, shift, sinusoid
 from usmoe.models.config import MODELS, LanguageConfig
-from usmoe.models.flops import flops
+from usmoe.models.flops import flops, flops_of_reading
 from usmoe.models.language import LanguageModel
 from usmoe.models.words import CHUNK, AdaptiveWords, Words
 
@@ -272,6 +272,19 @@ def test_an_expert_more_costs_what_the_arithmetic_says():
     dense = flops(base.replace(num_experts=0, d_ff=1024), 0, segment=512, memory=512)
     assert dense.shared == two.experts
     assert dense.experts == dense.router == 0
+
+
+def test_a_reading_costs_the_memory_that_was_there():
+    """Ten tokens in segments of four that remember six: 4 after none, 4 after four, 2 after six."""
+    for config in (TINY["xl"], TINY["decoder"]):
+        found = flops_of_reading(config, 1.5, 10, segment=4, memory=6)
+        parts = [(4, flops(config, 1.5, 4, 0)), (4, flops(config, 1.5, 4, 4)), (2, flops(config, 1.5, 2, 6))]
+        for name in ("experts", "shared", "router", "projections", "attention", "words"):
+            mean = sum(tokens * getattr(cost, name) for tokens, cost in parts) / 10
+            assert getattr(found, name) == pytest.approx(mean), name
+        assert found.total < flops(config, 1.5, 4, 6).total
+    with pytest.raises(ValueError, match="A text of 0 tokens"):
+        flops_of_reading(TINY["xl"], 1.5, 0, segment=4)
 
 
 @pytest.mark.parametrize(

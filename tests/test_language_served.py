@@ -16,7 +16,7 @@ from usmoe import ExpertChoice, TokenChoice, USMoE
 from usmoe.data.bpe import Pieces
 from usmoe.data.corpus import Corpus
 from usmoe.data.vocabulary import Bytes, Words
-from usmoe.models.flops import flops
+from usmoe.models.flops import flops_of_reading
 from usmoe.models.language import LanguageModel
 from usmoe.report.estimate import band, in_blocks
 from usmoe.train.config import Evaluation, TrainConfig
@@ -74,9 +74,9 @@ def test_everything_is_restored_bit_for_bit_also_after_an_error(how, tracked):
     assert_as_before(model, before, [USMoE(k=1.5)] * 2)
     assert all(module.training for module in model.modules())
     with pytest.raises(ValueError, match="2 MoE layers, and 1 routers"):
-        teacher_forced(model, text(30), Evaluation(), router=[ExpertChoice(k=2)])
+        teacher_forced(model, text(30), Evaluation(segment=128, memory=896), router=[ExpertChoice(k=2)])
     with pytest.raises(ValueError, match="impossible with 4 experts"):
-        teacher_forced(model, text(30), Evaluation(), router=[ExpertChoice(k=2), USMoE(k=9)])
+        teacher_forced(model, text(30), Evaluation(segment=128, memory=896), router=[ExpertChoice(k=2), USMoE(k=9)])
     assert_as_before(model, before, [USMoE(k=1.5)] * 2)
 
 
@@ -116,7 +116,7 @@ def test_prefix_keeps_the_score_and_takes_another_k():
 
 
 def test_what_cannot_be_served_so_is_refused():
-    setting = {"calibration": text(40), "setting": Evaluation()}
+    setting = {"calibration": text(40), "setting": Evaluation(segment=128, memory=896)}
     for router, how, given, said in (
         (USMoE(k=2), "threshold", {}, "has tracked no cut"),
         (USMoE(k=2), "threshold", {"k": 1.5}, "not of k=1.5. Give calibration tokens"),
@@ -163,12 +163,50 @@ def test_all_figures_of_a_model_are_those_of_their_functions():
         assert (found.served[name].nats, found.served[name].experts) == (again.mean, again.experts)
     assert found.stated(found.forced.nats) == pytest.approx(forced.mean / math.log(2))
     assert found.unit == "character"
-    cost = [flops(model.config, k, 6, 9).without_words for k in (forced.experts, 2.0)]
+    cost = [flops_of_reading(model.config, k, 51, 6, 9).without_words for k in (forced.experts, 2.0)]  # 4 x 51 >= 202
     assert found.forced.flops == cost[0]
     assert found.forced.relative == pytest.approx(cost[0] / cost[1])
     assert found.forced.relative < 1
     assert found.reset.flops < found.forced.flops
     assert found == Figures.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
+
+
+def route(logits, valid, **_):
+    """A router of one's own, of k = 1."""
+    return TokenChoice(k=1)(logits, valid)
+
+
+def test_figures_under_other_routers_leave_the_models_own_alone():
+    model, tokens, setting = trained(USMoE(k=1.5)), text(203), Evaluation(batch=4, segment=6, memory=9)
+    alone = evaluate_model(as_trained(model), tokens, setting, positions=40, served=())
+    under = {"less": USMoE(k=1), "token_choice(k=1)": TokenChoice(k=1), "a layer": [USMoE(k=1), TokenChoice(k=2)]}
+    found = evaluate_model(as_trained(model), tokens, setting, positions=40, served=(), under=under)
+    assert (found.forced.nats, found.honest) == (alone.forced.nats, alone.honest)
+    assert [layer.router for layer in model.moe_layers] == [USMoE(k=1.5)] * 2
+    for name, router in under.items():
+        fresh = trained(USMoE(k=1.5))
+        fresh.reroute(router)
+        expected = evaluate_model(as_trained(fresh), tokens, setting, positions=40, served=())
+        assert found.under[name].forced.nats == expected.forced.nats
+        assert found.under[name].honest == expected.honest
+    assert found.under["token_choice(k=1)"].honest.interval == 0
+    assert found == Figures.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
+    without = {name: value for name, value in alone.to_dict().items() if name != "under"}
+    assert Figures.from_dict(without) == alone
+    for router, said in ((USMoE(k=5), "under it: .* impossible with 4 experts"), ([USMoE(k=1)], "2 MoE layers, and 1")):
+        with pytest.raises(ValueError, match=said):
+            evaluate_model(as_trained(model), tokens, setting, under={"it": router})
+    with pytest.raises(ValueError, match="no experts, so that it has nothing to route"):
+        evaluate_model(as_trained(tiny(num_experts=0)), tokens, setting, under={"it": USMoE(k=1)})
+
+
+def test_a_router_of_ones_own_is_named_without_an_address():
+    found = evaluate_model(as_trained(tiny(route)), text(63), Evaluation(batch=4, segment=5, memory=0), positions=5)
+    assert found.routers == (f"{__name__}:route",)
+    assert set(found.unserved) == {"threshold", "prefix"}
+    for reason in found.unserved.values():
+        assert " 0x" not in reason
+        assert f"{__name__}:route" in reason
 
 
 def test_figures_of_a_router_that_looks_across_the_batch():

@@ -41,12 +41,33 @@ def flops(config: LanguageConfig, experts_per_token: float, segment: int, memory
     experts_per_token  pairs over real tokens, as counted: 1.5 is between 1 and 2, dropped tokens cost nothing
     The projections of remembered tokens are made anew in each segment, and are counted.
     """
+    return _flops(config, experts_per_token, memory + (segment + 1) / 2, (memory + segment) / segment)
+
+
+def flops_of_reading(
+    config: LanguageConfig, experts_per_token: float, tokens: int, segment: int, memory: int = 0
+) -> Flops:
+    """What one token costs on average when a text of so many tokens is read from its beginning, segment after segment:
+    the memory is empty at first, and grows to `memory` tokens. The last segment may be shorter.
+
+    As `flops`, but of the tokens that were there to be seen. Raises ValueError for a text without tokens.
+    """
+    if tokens < 1:
+        raise ValueError(f"A text of {tokens} tokens costs nothing to read. Give one of 1 or more.")
+    seen = keys = 0.0
+    for start in range(0, tokens, segment):
+        width, remembered = min(segment, tokens - start), min(memory, start)
+        seen += width * (remembered + (width + 1) / 2)
+        keys += remembered + width
+    return _flops(config, experts_per_token, seen / tokens, keys / tokens)
+
+
+def _flops(config: LanguageConfig, experts_per_token: float, seen: float, keys: float) -> Flops:
+    """seen: tokens that a token looks at; keys: how many keys are made for each token, on average."""
     layers, wide = config.layers, config.heads * config.size_of_head
     width = up_width(config.activation, config.d_ff)
     one_expert = 2 * config.d_model * width + 2 * config.d_ff * config.d_model
     routed = bool(config.num_experts)
-    seen = memory + (segment + 1) / 2
-    keys = (memory + segment) / segment
     relative = config.position == "relative"
     projections = 2 * config.d_model * wide * (2 + 2 * keys)  # query and out; key and value of all that is seen
     if relative:

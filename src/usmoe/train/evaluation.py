@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from usmoe.data.array import Tokens
 from usmoe.data.units import UNITS
 from usmoe.data.vocabulary import Vocabulary
-from usmoe.models.flops import flops
+from usmoe.hf.identity import text_of
+from usmoe.models.flops import flops_of_reading
 from usmoe.models.language import LanguageModel
 from usmoe.report.estimate import in_blocks
 from usmoe.train.config import Evaluation
-from usmoe.train.figures import Figures, Measured, Serving
+from usmoe.train.figures import Figures, Measured, Reading, Serving
 from usmoe.train.folder import Trained
 from usmoe.train.likelihood import Forced, honest, teacher_forced
-from usmoe.train.reading import deciding, part
+from usmoe.train.reading import deciding, part, rerouted
 from usmoe.train.served import How
 from usmoe.train.served import served as serving
 from usmoe.types import is_causal, promises_of
@@ -34,6 +36,7 @@ def evaluate_model(
     positions: int = 200,
     served: Sequence[Serving | How] = ("threshold", "prefix"),
     calibration: Tokens | None = None,
+    under: Mapping[str, Any] | None = None,
     window: int = 0,
     seed: int = 0,
     progress: bool = False,
@@ -44,27 +47,38 @@ def evaluate_model(
     served       under which causal routers too; what a router cannot be served by has a reason in its place, and so has
                  a model that is causal as it is
     calibration  tokens of another split, for the servings that are calibrated
+    under        other routers to read the text by, by the names of their figures; each may be one, or one a layer
     window       tokens over which a router that remembers goes on from segment to segment (`teacher_forced`)
     seed         of the positions
 
     The model is then as it was. Raises ValueError for a split of fewer than two tokens, a likelihood that is no finite
-    number, and a calibrated serving without calibration tokens.
+    number, a calibrated serving without calibration tokens, and, before anything is read, for a router that cannot work
+    in this model.
     """
     model = trained.model
     asked = [one if isinstance(one, Serving) else Serving(how=one) for one in served]
     if calibration is None and any(one.calibrated for one in asked):
         raise ValueError("A calibrated threshold needs calibration tokens. Give those of the validation split.")
     text, routers = part(tokens, setting), deciding(model)
+    others = {} if under is None else under
+    for name, router in others.items():
+        _refuse_impossible(model, name, router)
 
     def reading(under: Evaluation, alone: bool = False) -> Forced:
         return teacher_forced(model, tokens, under, window=window, alone=alone, progress=progress)
+
+    def under_another(router: Any) -> Reading:
+        with rerouted(model, router):
+            found = reading(setting)
+            exact = honest(model, tokens, setting, found, positions, seed, window=window, progress=progress)
+        return Reading(forced=_measured(model, found, setting), honest=exact)
 
     forced = reading(setting)
     mixing = not all(promises_of(router).batch_independent for router in routers)
     without = dataclasses.replace(setting, memory=0)
     found, reasons = _served(model, asked, calibration, setting, reading)
     return Figures(
-        routers=tuple(str(one) for number, one in enumerate(routers) if number == 0 or routers[number - 1] != one),
+        routers=tuple(text_of(one) for number, one in enumerate(routers) if number == 0 or routers[number - 1] != one),
         step=trained.step,
         setting=setting,
         positions=positions,
@@ -78,6 +92,7 @@ def evaluate_model(
         alone=_measured(model, reading(setting, alone=True), setting) if mixing else None,
         served=found,
         unserved=reasons,
+        under={name: under_another(router) for name, router in others.items()},
     )
 
 
@@ -86,6 +101,17 @@ def tokens_per_unit(vocabulary: Vocabulary, tokens: Tokens) -> float:
     if vocabulary.level != "bpe":
         return 1.0
     return len(tokens) / len(vocabulary.decode(tokens).encode())
+
+
+def _refuse_impossible(model: LanguageModel, name: str, router: Any) -> None:
+    """Raises ValueError, with the name under which it was asked for."""
+    if not model.moe_layers:
+        raise ValueError(f"The model has no experts, so that {name} has nothing to route. Leave it out.")
+    try:
+        with rerouted(model, router):
+            pass
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"The model cannot be read under {name}: {error}") from error
 
 
 def _served(
@@ -108,25 +134,36 @@ def _served(
             try:
                 stack.enter_context(serving(model, one.how, k=one.k, calibration=text, setting=setting))
             except ValueError as reason:
-                reasons[one.name] = str(reason)
+                reasons[one.name] = _told(reason, model)
                 continue
             found[one.name] = _measured(model, reading(setting), setting)
     return found, reasons
+
+
+def _told(reason: ValueError, model: LanguageModel) -> str:
+    """Why, the same in every process: a router of one's own by its name, not by its address."""
+    sentence = str(reason)
+    for layer in model.moe_layers:
+        sentence = sentence.replace(str(layer.router), text_of(layer.router))
+    return sentence
 
 
 def _measured(model: LanguageModel, forced: Forced, setting: Evaluation) -> Measured:
     size = max(setting.segment, math.ceil(forced.tokens / BLOCKS))
     sums, counts = in_blocks(forced.nats, size)
     config = model.config
-    cost = flops(config, forced.experts or 0.0, setting.segment, setting.memory).without_words
-    at_two = flops(config, 2.0, setting.segment, setting.memory).without_words
+    longest = math.ceil(forced.tokens / min(setting.batch, forced.tokens))  # tokens of a stream
+
+    def cost(experts: float) -> float:
+        return flops_of_reading(config, experts, longest, setting.segment, setting.memory).without_words
+
     return Measured(
         nats=forced.mean,
         experts=forced.experts,
         dropped=forced.dropped,
         load_cv=forced.load_cv,
-        flops=cost,
-        relative=None if forced.experts is None else cost / at_two,
+        flops=cost(forced.experts or 0.0),
+        relative=None if forced.experts is None else cost(forced.experts) / cost(2.0),
         seconds=forced.seconds,
         sums=tuple(sums),
         counts=tuple(counts),

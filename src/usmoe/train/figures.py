@@ -27,7 +27,8 @@ class Measured:
     load_cv: float | None
     """Coefficient of variation of the loads of the whole text: mean over the layers."""
     flops: float
-    """A token, counted pairs, two for a multiply-add, without the output layer (`usmoe.models.flops`)."""
+    """A token, counted pairs, two for a multiply-add, without the output layer (`usmoe.models.flops`); of memory, what
+    was there to be seen."""
     relative: float | None
     """The same over that of this model with two experts a token; None for a dense model."""
     seconds: float
@@ -52,6 +53,16 @@ class Measured:
                 "setting."
             )
         return band([one - two for one, two in zip(self.sums, other.sums, strict=True)], self.counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A text read under another router than the model's own."""
+
+    forced: Measured
+    """Teacher-forced, memory carried as the setting says."""
+    honest: Honest
+    """Of the same tokens, each from those before it alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +118,8 @@ class Figures:
     """Under causal routers, teacher-forced and honest at once, by `Serving.name`."""
     unserved: Mapping[str, str] = field(default_factory=dict)
     """Why there is no such figure, by the same names."""
+    under: Mapping[str, Reading] = field(default_factory=dict)
+    """Under other routers, by their names; in saved figures it may be missing."""
 
     def stated(self, nats: float) -> float:
         """Bits a character or byte, or perplexity a word, of nats a token."""
@@ -132,18 +145,23 @@ class Figures:
     def from_dict(data: Mapping[str, Any]) -> Figures:
         """What `to_dict` made. Raises ValueError for other fields."""
         known = {one.name for one in dataclasses.fields(Figures)}
-        if set(data) != known:
+        wrong = sorted((set(data) | {"under"}) ^ known)
+        if wrong:
             raise ValueError(
-                f"These are no figures of this version: {', '.join(sorted(set(data) ^ known))} is too much or missing. "
-                "Measure the model again."
+                f"These are no figures of this version: {', '.join(wrong)} is too much or missing. Measure the model "
+                "again."
             )
         fields: dict[str, Any] = dict(data)
         fields["routers"] = tuple(data["routers"])
         fields["setting"] = Evaluation(**data["setting"])
-        fields["honest"] = Honest(**_numbers(data["honest"], "nats", "interval"))
+        fields["honest"] = _honest_from(data["honest"])
         for name in ("forced", "reset", "alone"):
             fields[name] = None if data[name] is None else _measured_from(data[name])
         fields["served"] = {name: _measured_from(one) for name, one in data["served"].items()}
+        fields["under"] = {
+            name: Reading(forced=_measured_from(one["forced"]), honest=_honest_from(one["honest"]))
+            for name, one in data.get("under", {}).items()
+        }
         return Figures(**fields)
 
 
@@ -151,6 +169,10 @@ def _measured_from(data: Mapping[str, Any]) -> Measured:
     fields = dict(data) if data["experts"] is None else _numbers(data, "load_cv")
     fields["sums"], fields["counts"] = tuple(data["sums"]), tuple(data["counts"])
     return Measured(**fields)
+
+
+def _honest_from(data: Mapping[str, Any]) -> Honest:
+    return Honest(**_numbers(data, "nats", "interval"))
 
 
 def _as_json(value: Any) -> Any:
