@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +19,15 @@ if TYPE_CHECKING:
     from usmoe.evaluate.run import Score
     from usmoe.reproduce.view import View
 
+_OF_RUNS = ("text", "split", "positions", "serve_k", "tokens", "segment", "memory", "cache")
+_NOT_OF_RUNS = (
+    *("tasks", "embeddings", "prompts", "pooling", "moee", "w", "router_features", "instructions", "standardize"),
+    *("max_length", "lm_eval", "scoring", "limit", "fewshot", "include", "results", "quantize", "batch_size"),
+)
+
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help='A folder, a hub id, or "shipped".')],
     tasks: Annotated[
         list[str] | None,
@@ -64,6 +71,15 @@ def evaluate(
         float | None, typer.Option("--serve-k", help="Of a run: serve it by a threshold at so many experts, too.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Of a run: of the split, from its beginning.", min=2)] = None,
+    segment: Annotated[
+        int | None, typer.Option(help="Of a run: tokens predicted at once; without it as it was evaluated.", min=1)
+    ] = None,
+    memory: Annotated[
+        int | None, typer.Option(help="Of a run: tokens remembered; without it as it was evaluated.", min=0)
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Of a run: where usmoe train keeps prepared corpora.")] = Path(
+        "usmoe-runs/.corpora"
+    ),
     data: Annotated[
         Path | None, typer.Option(help="A folder of local data sets, in the hub's columns, in place of the hub.")
     ] = None,
@@ -86,24 +102,33 @@ def evaluate(
     """Score a model's embeddings with mteb, or the model itself with lm-eval, under one router or several; or a run of
     usmoe train by how well it predicts its test split: teacher-forced, honest, and served by causal routers.
 
+    A run is always read by its own router, and by every other one in --routers, too. --dtype other than float32 reads
+    it under autocast, as runs of that precision are trained.
+
     Every router is taken with every prompt and every embedding. What is finished is kept in --results: the same command
     goes on where it was stopped. For the paper's models the paper's figures stand under ours.
 
     Examples: usmoe eval shipped --tasks STS12,STSBenchmark --routers "own,usmoe(alpha=0.5)" --embeddings hidden,moee
     --data DIR; usmoe eval allenai/OLMoE-1B-7B-0924 --lm-eval arc_challenge; usmoe eval usmoe-runs/book
     """
-    if (Path(model) / "vocabulary.json").is_file():
+    from usmoe.cli.likelihood import is_run
+
+    if is_run(Path(model)):
+        _refuse(context, _NOT_OF_RUNS, f"of mteb and lm-eval, and {model} is a run")
+        if text is not None:
+            _refuse(context, ("split",), "of the run's own corpus, and --text is another")
+        if text is not None and serve_k is None:
+            _refuse(context, ("data", "cache"), "of the run's own corpus, of which --text reads nothing")
         page = options.output_path(markdown, force, "--markdown")
-        _of_run(Path(model), text, split, positions, serve_k, tokens, data, page, seed, device, offline, as_json)
+        said = dict(text=text, split=split, positions=positions, k=serve_k, tokens=tokens, segment=segment)
+        said |= dict(memory=memory, routers=options.listed(routers), data=data, cache=cache)
+        _of_run(Path(model), page, as_json, said | dict(seed=seed, device=device, dtype=dtype, offline=offline))
         return
     named, language = options.listed(tasks or ()), options.listed(lm_eval or ())
+    _refuse(context, _OF_RUNS, f"of runs, and {model} is none")
     if not named and not language:
         raise typer.BadParameter(
             "Give --tasks, such as STS12 or paper, or --lm-eval, such as arc_challenge; or the folder of a run"
-        )
-    if (text, split, positions, serve_k, tokens) != (None, "test", 200, None, None):
-        raise typer.BadParameter(
-            f"--text, --split, --positions, --serve-k and --tokens are of runs, and {model} is none"
         )
     if not language and (scoring, limit, fewshot, include) != ("honest", None, 0, None):
         raise typer.BadParameter("--scoring, --limit, --fewshot and --include belong to --lm-eval, which is not given")
@@ -166,40 +191,29 @@ def evaluate(
             page.write_text("\n".join(map(as_markdown, shown)), encoding="utf-8")
 
 
-def _of_run(
-    folder: Path,
-    text: Path | None,
-    split: str,
-    positions: int,
-    k: float | None,
-    tokens: int | None,
-    data: Path | None,
-    page: Path | None,
-    seed: int,
-    device: str,
-    offline: bool,
-    as_json: bool,
-) -> None:
+def _refuse(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Refuse what was typed and would not be read, by its flags."""
+    typed = [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
+    ]
+    if typed:
+        verb, them = ("is", "it") if len(typed) == 1 else ("are", "them")
+        raise typer.BadParameter(f"{', '.join(typed)} {verb} {why}. Leave {them} out")
+
+
+def _of_run(folder: Path, page: Path | None, as_json: bool, said: dict[str, Any]) -> None:
+    """said: how to read it, as `figures_of_run` has it."""
     from usmoe.cli.likelihood import figures_of_run, view_of
     from usmoe.reproduce.view import as_markdown
 
-    figures = figures_of_run(
-        folder,
-        text=text,
-        split=split,
-        positions=positions,
-        k=k,
-        tokens=tokens,
-        data=data,
-        seed=seed,
-        device=device,
-        offline=offline,
-    )
+    figures = figures_of_run(folder, **said)
     view = view_of(figures, folder)
     if page is not None:
         page.write_text(as_markdown(view), encoding="utf-8")
     if as_json:
-        options.write_json(figures.to_dict())
+        options.write_json(figures.to_dict() | {"dtype": said["dtype"]})
     else:
         print_view(view)
 

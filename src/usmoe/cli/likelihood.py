@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from usmoe.cli import options
 from usmoe.reproduce.view import View
 
 if TYPE_CHECKING:
+    from usmoe.data.array import Tokens
+    from usmoe.data.prepare import Prepared
+    from usmoe.report.estimate import Honest
+    from usmoe.train.config import Evaluation
     from usmoe.train.figures import Figures, Measured
+    from usmoe.train.folder import Trained
+
+_PARTS = ("vocabulary.json", "best.safetensors", "last.safetensors", "checkpoint.pt", "log.jsonl")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds anything that only a run of `usmoe train` or `usmoe finetune` leaves."""
+    return any((folder / name).is_file() for name in _PARTS)
 
 
 def figures_of_run(
@@ -20,68 +37,175 @@ def figures_of_run(
     positions: int,
     k: float | None,
     tokens: int | None,
+    segment: int | None,
+    memory: int | None,
+    routers: Sequence[str],
     data: Path | None,
+    cache: Path,
     seed: int,
     device: str,
+    dtype: str,
     offline: bool,
 ) -> Figures:
     """The figures of a run's best model on a split of its corpus, or on another text.
 
-    k       experts a token to serve by a threshold at, beside the model's own; found on the validation split
-    tokens  of the split, from its beginning; None: all
+    k        experts a token to serve by a threshold at, beside the model's own; found on the validation split
+    tokens   of the split, from its beginning; None: all
+    segment  tokens predicted at once, and memory: tokens remembered; None: as the run's configuration says
+    routers  as text, beside "own", by which the model is always read
+    cache    where training prepared the corpus
+    dtype    other than float32: of the matrices' products, by autocast, as a run of that precision was trained
 
-    Raises ValueError where the text is missing or cannot be read by the model's vocabulary.
+    Raises ValueError where the folder holds no run, where the text is missing or cannot be read by the model's
+    vocabulary, and for a router or a k that the model cannot have.
     """
-    import dataclasses
-
-    from usmoe.data.prepare import prepare
+    from usmoe.routing.text import parse_router
     from usmoe.train.evaluation import evaluate_model
     from usmoe.train.figures import Serving
     from usmoe.train.folder import load_run
 
+    _refuse_what_is_no_run(folder)
+    _refuse_dtype(dtype)
+    files = [one for one in routers if one.endswith(".json")]
+    if files:
+        raise ValueError(f"{files[0]} names layers of a pretrained model, which a run has not. Name a router.")
+    under = {one: parse_router(one) for one in routers if one != "own"}
     trained = load_run(folder, device=device)
-    cache = folder.parent / ".corpora"
-    own = trained.config.corpus
-    wanted = {split} if text is None else set()
+    _refuse_k(trained, k)
+    setting = _setting(trained.config.evaluation, tokens, segment, memory)
     served = [Serving(how="threshold"), Serving(how="prefix")]
+    wanted = {split} if text is None else set()
     if k is not None:
         served.append(Serving(how="threshold", k=k, calibrated=True))
         wanted.add("validation")
-    given = None
-    if wanted:
-        given = prepare(own, cache, data=data, offline=offline, vocabulary=trained.vocabulary, splits=sorted(wanted))
-    if text is not None:
-        read = trained.vocabulary.encode(options.read_text(str(text)))
-    else:
-        assert given is not None
-        read = given.tokens[split]
-    return evaluate_model(
-        trained,
-        read,
-        dataclasses.replace(trained.config.evaluation, tokens=tokens),
-        positions=positions,
-        served=served,
-        calibration=None if k is None or given is None else given.validation[: trained.config.evaluation.tokens],
-        seed=seed,
-        progress=True,
+    given = _corpus(folder, trained, cache, data, offline, sorted(wanted)) if wanted else None
+    with _precision(device, dtype):
+        return evaluate_model(
+            trained,
+            _tokens_of(text, trained) if text is not None or given is None else given.tokens[split],
+            setting,
+            positions=positions,
+            served=served,
+            calibration=None if k is None or given is None else given.validation[: trained.config.evaluation.tokens],
+            under=under,
+            seed=seed,
+            progress=True,
+        )
+
+
+def _refuse_what_is_no_run(folder: Path) -> None:
+    """Raises ValueError, naming the file, for a run of `usmoe finetune`, and for one that is not whole."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, without which {folder} is no run. Give the folder of a whole one.")
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Give the folder of a run that is whole.") from error
+    if isinstance(said, dict) and "start" in said:
+        raise ValueError(
+            f"{path} is of a run of usmoe finetune, whose figures usmoe finetune itself gives. Give the folder of a "
+            "run of usmoe train."
+        )
+    if not isinstance(said, dict) or "corpus" not in said:
+        raise ValueError(f"{path} holds no configuration of usmoe train. Give the folder of a run that is whole.")
+    if not (folder / "vocabulary.json").is_file():
+        raise ValueError(
+            f"{folder / 'vocabulary.json'} is missing, without which no text can be read. Put it back, or give another "
+            "run."
+        )
+
+
+def _refuse_dtype(dtype: str) -> None:
+    from usmoe.hf.load import DTYPES
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown. Choose one of: {', '.join(DTYPES)}.")
+
+
+def _refuse_k(trained: Trained, k: float | None) -> None:
+    experts = trained.model.config.num_experts
+    if k is not None and not experts:
+        raise ValueError(f"--serve-k {k:g} is of experts, and the model has none. Leave it out.")
+    if k is not None and not 0 < k <= experts:
+        raise ValueError(f"--serve-k {k:g} is impossible with {experts} experts. Choose 0 < k <= {experts}.")
+
+
+def _setting(own: Evaluation, tokens: int | None, segment: int | None, memory: int | None) -> Evaluation:
+    changes = {"segment": segment, "memory": memory}
+    return dataclasses.replace(
+        own, tokens=tokens, **{name: value for name, value in changes.items() if value is not None}
     )
+
+
+def _corpus(
+    folder: Path, trained: Trained, cache: Path, data: Path | None, offline: bool, splits: Sequence[str]
+) -> Prepared:
+    """The run's own corpus, as training prepared it; made again only where it is not in the cache.
+
+    Raises ValueError where it is not to be had, and where it is not the text that the run was trained on."""
+    from usmoe.data.corpus import SPLITS
+    from usmoe.data.prepare import prepare, prepared_before
+
+    own = trained.config.corpus
+    unknown = [split for split in splits if split not in SPLITS]
+    if unknown:
+        raise ValueError(f"There is no split {unknown[0]!r}. Choose from {', '.join(SPLITS)}.")
+    if data is None and own.name:
+        found = prepared_before(own, cache, trained.vocabulary)
+        if found is not None:
+            return found
+    if data is None and not own.name and not Path(own.source).exists():
+        raise ValueError(
+            f"The text of {folder}, {own.source}, is not here, and only its files can say whether what lies in {cache} "
+            "is made of it. Go to where they are, give the folder that holds them (--data DIR), or another text "
+            "(--text FILE)."
+        )
+    made = prepare(own, cache, data=data, offline=offline)
+    if made.vocabulary != trained.vocabulary:
+        raise ValueError(
+            f"{made.source}: its vocabulary is not that of {folder}, so that it is not the text that the run was "
+            "trained on. Give that one (--data DIR), or read this one as another text (--text FILE)."
+        )
+    return made
+
+
+def _tokens_of(text: Path | None, trained: Trained) -> Tokens:
+    """Of a file, or of stdin for "-": any bytes, or UTF-8 where a token is more than a byte."""
+    if trained.vocabulary.level != "byte":
+        return trained.vocabulary.encode(options.read_text(str(text)))
+    if str(text) == "-":
+        return trained.vocabulary.encode(sys.stdin.buffer.read())
+    if text is None or not text.is_file():
+        raise ValueError(f"There is no file {text}. Give one to read, or - for stdin.")
+    return trained.vocabulary.encode(text.read_bytes())
+
+
+def _precision(device: str, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast, or nothing for float32."""
+    import torch
+
+    from usmoe.hf.load import DTYPES
+
+    kind = torch.device(device).type
+    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(kind, DTYPES[dtype])
 
 
 def view_of(figures: Figures, folder: Path) -> View:
     """A table: one row a way to read the text."""
     unit = {"character": "bits a character", "byte": "bits a byte", "word": "perplexity a word"}[figures.unit]
-    low, high = figures.honest_interval
-    within = f" ± {(high - low) / 2:.4f}" if figures.honest.positions else ""
-    rows = [_row("teacher-forced", figures, figures.forced)]
-    rows.append(("honest", f"{figures.stated(figures.honest.nats):.4f}{within}", "", "", "", "", ""))
+    rows = [_row("teacher-forced", figures, figures.forced), _honest_row("honest", figures, figures.honest)]
     for name, one in (("memory reset", figures.reset), ("batch of one", figures.alone)):
         if one is not None:
             rows.append(_row(name, figures, one))
     rows += [_row(f"served by {name}", figures, one) for name, one in figures.served.items()]
+    for name, read in figures.under.items():
+        rows += [_row(name, figures, read.forced), _honest_row(f"{name}, honest", figures, read.honest)]
     says = [f"{figures.tokens:,} tokens; {', '.join(figures.routers) or 'dense'}; step {figures.step} of {folder}."]
-    if figures.honest.positions:
-        says.append(f"Honest: each token from those before it alone, {figures.honest.positions} positions.")
-    elif figures.routers:
+    sampled = max(one.positions for one in (figures.honest, *(read.honest for read in figures.under.values())))
+    if sampled:
+        says.append(f"Honest: each token from those before it alone, {sampled} positions.")
+    if figures.routers and not figures.honest.positions:
         says.append("The router looks neither ahead nor across the batch: teacher-forced is honest.")
     says += [f"Not served by {name}: {why}" for name, why in figures.unserved.items()]
     head = ("", unit, "experts\na token", "dropped", "load CV", "MFLOPs\na token", "of two\nexperts")
@@ -93,3 +217,9 @@ def _row(name: str, figures: Figures, one: Measured) -> tuple[str, ...]:
     words = ["" if value is None else f"{value:.3f}" for value in routed]
     share = "" if one.relative is None else f"{one.relative:.3f}"
     return (name, f"{figures.stated(one.nats):.4f}", *words, f"{one.flops / 1e6:.3f}", share)
+
+
+def _honest_row(name: str, figures: Figures, one: Honest) -> tuple[str, ...]:
+    low, high = (figures.stated(one.nats + sign * one.interval) for sign in (-1, 1))
+    within = f" ± {(high - low) / 2:.4f}" if one.positions else ""
+    return (name, f"{figures.stated(one.nats):.4f}{within}", "", "", "", "", "")

@@ -92,6 +92,8 @@ class HubPart:
             )
         except Exception as error:  # a network, a hub and a format of files have too many kinds of failure to name
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            if reason == there.place:  # all that datasets says where an archive is not reached
+                reason = "it is not there, or there is no way to it"
             raise ValueError(
                 f"{self.corpus} cannot be had from {there.place}: {reason}. Get a connection, or give a folder that "
                 "holds it (--data DIR)."
