@@ -378,6 +378,8 @@ def test_a_controller_of_a_router_needs_its_k():
     assert SparsityController.of(ReLUChoice(k=2)).k == 2
     with pytest.raises(ValueError, match="does not say how many experts a token to aim at"):
         SparsityController.of(ReLUChoice())
+    with pytest.raises(ValueError, match=r"belongs to relu_choice, and the router is usmoe\(k=2\)\. Leave it out"):
+        SparsityController.of(USMoE(k=2))  # pyright: ignore[reportArgumentType]
 
 
 # ---- compilation

@@ -12,6 +12,7 @@ from torch import Tensor
 import reference
 from small_layer import VALID, B, E, L, layer, tokens
 from usmoe import ExpertChoice, RouterOutput, Routing, TokenChoice, USMoE, route
+from usmoe.layers.balance import balance_loss
 from usmoe.layers.losses import distillation_loss, similarity_loss, z_loss
 
 
@@ -108,7 +109,7 @@ def test_what_padding_holds_reaches_no_loss_and_no_gradient(loss: Any):
 
 def test_losses_of_nothing_are_0():
     nothing = outputs(TokenChoice(k=1), torch.zeros(B, L, dtype=torch.bool))
-    for loss in (z_loss, distillation_loss, similarity_loss):
+    for loss in (balance_loss, z_loss, distillation_loss, similarity_loss):
         assert loss([]) == 0
         assert loss(nothing) == 0
     _, plain = layer()(tokens())

@@ -16,14 +16,16 @@ def balance_loss(said: Sequence[RouterOutput]) -> Float[Tensor, ""]:
     (Fedus et al. 2022, arXiv 2101.03961, equations 4 to 6), over the real tokens of all layers together.
 
     Differentiable in p. Under token choice it equals transformers' load_balancing_loss_func; f follows the route
-    whatever the router. It is k where all is balanced, and 0 where there is no real token. Layers have one number of
-    experts, else the mean over the layers of each number is taken.
+    whatever the router. It is k where all is balanced, and 0 where there is no real token, or no layer. Layers have one
+    number of experts, else the mean over the layers of each number is taken.
     """
+    if not said:
+        return torch.zeros(())
     by_number: dict[int, list[RouterOutput]] = {}
     for one in said:
         by_number.setdefault(one.routing.num_experts, []).append(one)
     losses = [_of_one_number(group, number) * len(group) for number, group in by_number.items()]
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() / max(len(said), 1)
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() / len(said)
 
 
 def _of_one_number(said: Sequence[RouterOutput], experts: int) -> Tensor:

@@ -25,7 +25,8 @@ class SparsityController(nn.Module):
 
     lambda_i = lambda_0 * alpha^(rises - falls): it rises after each step whose sparsity is below 1 - k/E, and falls
     after each above. What is kept is that whole number, in a buffer, so that a checkpoint goes on exactly and no dtype
-    rounds it.
+    rounds it. In distributed training every process follows its own batches, and weighs the penalty by their load,
+    unless the wrapper broadcasts buffers.
     """
 
     rises: Tensor
@@ -52,7 +53,13 @@ class SparsityController(nn.Module):
 
     @staticmethod
     def of(router: ReLUChoice) -> SparsityController:
-        """The controller that aims at a router's k. Raises ValueError where it is not a number."""
+        """The controller that aims at a router's k. Raises ValueError where it is not a number, and for a router of
+        another kind."""
+        if not isinstance(router, ReLUChoice):
+            raise ValueError(
+                f"sparsity belongs to relu_choice, and the router is {router}. Leave it out, or choose "
+                "relu_choice(k=2)."
+            )
         if not isinstance(router.k, int | float):
             raise ValueError(f"{router} does not say how many experts a token to aim at. Give one: ReLUChoice(k=2).")
         return SparsityController(router.k)
