@@ -174,15 +174,15 @@ def test_short_splits():
     model = tiny(TokenChoice(k=2))
     three = text(3)
     by_hand = whole(model, three)
-    for setting in (Evaluation(), Evaluation(batch=1, segment=512), Evaluation(batch=1, segment=2)):
+    for setting in (Evaluation(segment=128, memory=896), Evaluation(batch=1, segment=512, memory=896), Evaluation(batch=1, segment=2, memory=896)):
         assert teacher_forced(model, three, setting).tokens == 2
     assert_close(teacher_forced(model, three, Evaluation(batch=1, segment=128)).nats, by_hand)
     two_streams = whole(model, three[:2]) + whole(model, three[1:])
     assert_close(teacher_forced(model, three, Evaluation(batch=10, segment=128)).nats, two_streams)
     with pytest.raises(ValueError, match="has 1 tokens to read"):
-        teacher_forced(model, text(1), Evaluation())
+        teacher_forced(model, text(1), Evaluation(segment=128, memory=896))
     with pytest.raises(ValueError, match="has 1 tokens to read"):
-        teacher_forced(model, three, Evaluation(tokens=1))
+        teacher_forced(model, three, Evaluation(segment=128, memory=896, tokens=1))
 
 
 def test_a_part_of_a_split_is_its_beginning():

@@ -216,11 +216,11 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
         save(state, path)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"checkpoint of step 9 could not be written.*the last good one is kept"):
+    with pytest.raises(OSError, match=r"checkpoint of step 6 could not be written.*the last good one is kept"):
         trained(configured(), tmp_path / "run")
     monkeypatch.undo()
     assert [file.name for file in (tmp_path / "run").glob("*.part")] == []
-    assert RunFolder(tmp_path / "run").read()["step"] == 6
+    assert RunFolder(tmp_path / "run").read()["step"] == 5
     assert_equal(whole, trained(configured(), tmp_path / "run", resume=True))
 
 
@@ -245,6 +245,94 @@ def test_a_vocabulary_of_another_size(tmp_path):
         trained(configured(model__vocabulary=100), tmp_path / "run")
 
 
+def test_a_text_that_changed_is_told(tmp_path):
+    text = tmp_path / "my.txt"
+    text.write_bytes(SAMPLE.read_bytes()[:5000])
+    config = configured(corpus=Corpus(source=str(text), level="char"), steps=4)
+    train(config, tmp_path / "run", cache=tmp_path / "cache", progress=False, seconds=0)
+    before = (tmp_path / "run" / "vocabulary.json").read_bytes()
+    text.write_bytes(SAMPLE.read_bytes()[:5000].upper())
+    with pytest.raises(ValueError, match="learned from another text"):
+        trained(config, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "vocabulary.json").read_bytes() == before
+
+
+def test_a_configuration_edited_in_the_folder_is_told(tmp_path):
+    train(configured(), tmp_path / "run", cache=tmp_path / "cache", progress=False, seconds=0)
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace('"lr": 0.003', '"lr": 0.5'))
+    edited = RunFolder(tmp_path / "run").config()
+    with pytest.raises(ValueError, match=r"lr was 0\.003 and is 0\.5"):
+        trained(edited, tmp_path / "run", resume=True)
+
+
+def test_a_stop_during_an_evaluation_leaves_it_for_later(tmp_path, monkeypatch):
+    """The checkpoint is written before it, so that nothing is lost."""
+    from usmoe.train import reading
+
+    whole = trained(configured(), tmp_path / "whole")
+    forward, calls = reading.forward, []
+
+    def pressed(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(reading, "forward", pressed)
+    with pytest.raises(KeyboardInterrupt, match="step 5 of 12 is saved"):
+        trained(configured(), tmp_path / "run")
+    assert len(calls) == 3
+    monkeypatch.undo()
+    assert_equal(whole, trained(configured(), tmp_path / "run", resume=True))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [("cuda:7", "There is no cuda:7"), ("tpu", "no device 'tpu'"), ("meta", "not possible here")],
+)
+def test_a_device_that_is_not_here_is_refused(tmp_path, device: str, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        trained(configured(), tmp_path / "run", device=device)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path):
+    """As one process on the whole batch, to the rounding of gradients; stopped and gone on with, the same bits."""
+    config = configured(model__router="token_choice(k=2)", model__dropout=0.0, steps=6)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import json, sys\nfrom pathlib import Path\nfrom usmoe.train.config import TrainConfig\n"
+        "from usmoe.train.loop import train\nplace = Path(sys.argv[1])\n"
+        "config = TrainConfig.from_dict(json.loads((place / 'config.json').read_text()))\n"
+        "seconds = eval(sys.argv[3])\n"
+        "train(config, place / sys.argv[2], cache=place / 'cache', resume=True, progress=False, seconds=seconds)\n"
+    )
+
+    def two(name: str, seconds: str = "None") -> None:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+        threads = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        said = subprocess.run(
+            [*launch, str(script), str(tmp_path), name, seconds],
+            env=os.environ | threads,
+            capture_output=True,
+            text=True,
+        )
+        assert said.returncode == 0, said.stderr
+
+    two("whole")
+    two("parts", "0")
+    assert RunFolder(tmp_path / "parts").read()["step"] == 1
+    two("parts")
+    whole = load_file(tmp_path / "whole" / "last.safetensors")
+    assert_equal(whole, load_file(tmp_path / "parts" / "last.safetensors"))
+    for name, value in trained(config, tmp_path / "one").items():
+        torch.testing.assert_close(whole[name], value, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -254,11 +342,17 @@ def test_a_vocabulary_of_another_size(tmp_path):
         ({"decay": 3}, "belongs to schedule=plateau"),
         ({"warmup": 30}, "more than steps"),
         ({"lr": 0.0}, "learns nothing"),
-        ({"optimizer": "sgd"}, "Known: adam, adamw, muon"),
+        ({"optimizer": "sgd"}, "one of adam, adamw, muon"),
         ({"freeze_at": 0.5}, "belongs to gate=stable"),
         ({"grow_k": (2, 40)}, "impossible with 16 experts"),
         ({"model": MODEL.replace(num_experts=0), "balance": 0.1}, "belongs to experts"),
-        ({"precision": "int8"}, "Known: auto"),
+        ({"precision": "int8"}, "one of auto, float32"),
+        ({"steps": 2.5}, "Give a whole number"),
+        ({"lr": float("nan")}, "Give a number"),
+        ({"lr": "abc"}, "Give a number"),
+        ({"compile": "maybe"}, "Give true or false"),
+        ({"betas": (0.9,)}, "Give a list of 2: a number, a number"),
+        ({"distill": 1.0}, "belongs to gate=stable"),
     ],
 )
 def test_contradictions_are_refused(changes: dict, sentence: str):

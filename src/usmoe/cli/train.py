@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,21 +21,30 @@ if TYPE_CHECKING:
 
 def train(
     config: Annotated[
-        str | None, typer.Argument(help="A .toml or .json file, or a preset: enwik8, text8, wikitext103, lm1b.")
+        str | None,
+        typer.Argument(
+            help="A .toml or .json file, or a preset: enwik8, text8, wikitext103, lm1b, wikitext103-large, lm1b-large."
+        ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Without CONFIG: the text to learn from. With it: local corpora in place of the hub."),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Choose a size of model for so much time, by the speed that is measured here.")
+        float | None,
+        typer.Option(
+            help="Choose size, batch, steps and learning rate for so much time, by the speed that is measured."
+        ),
     ] = None,
     run: Annotated[
         Path | None, typer.Option(help="The folder of the run; without it usmoe-runs/NAME, a new one.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run.")] = False,
     method: Annotated[
-        str | None, typer.Option(help="A method of the paper's tables: usmoe, token_choice, xmoe, stablemoe, ...")
+        str | None,
+        typer.Option(
+            help="A row of the paper's tables: usmoe, token_choice, xmoe, stablemoe; docs/training.md has all."
+        ),
     ] = None,
     router: Annotated[str | None, typer.Option(help='Such as "usmoe(k=1.5)", or module:name of your own.')] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
@@ -42,7 +52,7 @@ def train(
     corrupt_mode: Annotated[
         str | None, typer.Option(help="Words become AAA (replace), or AAA is put between them (insert).")
     ] = None,
-    corrupt_rate: Annotated[float, typer.Option(help="Share of words.")] = 0.04,
+    corrupt_rate: Annotated[float | None, typer.Option(help="Share of words; without it 0.04.")] = None,
     corrupt_splits: Annotated[list[str] | None, typer.Option(help="train, validation, test; without it test.")] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Any field: --set lr=1e-3 --set model.layers=6; may be repeated.")
@@ -74,16 +84,36 @@ def train(
         raise typer.BadParameter("--resume goes on with a run. Say which: --run FOLDER")
     if minutes is not None and steps is not None:
         raise typer.BadParameter("--minutes chooses the steps. Give one of --minutes and --steps")
-    begun = RunFolder(run) if run is not None and resume and RunFolder(run).begun else None
-    if begun is not None and config is None:
-        chosen = begun.config()
-        data = None if data is not None and str(data) == chosen.corpus.source else data
+    going_on = run is not None and resume and RunFolder(run).begun
+    if going_on and config is None:
+        chosen = RunFolder(Path(str(run))).config()
         if minutes is not None:
             raise typer.BadParameter("The run's size is chosen already. Leave --minutes out, or begin another --run")
     else:
-        chosen, data = _chosen(config, data, level)
+        chosen = _chosen(config, data)
+    if data is not None and not data.is_dir():
+        if str(data) != chosen.corpus.source:
+            raise ValueError(
+                f"--data {data} is a text, and the text of this run is {chosen.corpus.source}. Leave one out."
+            )
+        data = None
+    elif data is not None and config is None and str(data) == chosen.corpus.source:
+        data = None  # a folder of texts, which is the source itself
+    if corrupt_mode is None and (corrupt_rate is not None or corrupt_splits):
+        raise typer.BadParameter("--corrupt-rate and --corrupt-splits belong to --corrupt-mode, which is not given")
     chosen = _changed(
-        chosen, method, router, steps, seed, change or (), corrupt_mode, corrupt_rate, tuple(corrupt_splits or ())
+        chosen,
+        method=method,
+        top={"steps": steps, "seed": seed},
+        corpus={
+            "level": level,
+            "corrupt_mode": corrupt_mode,
+            "corrupt_rate": corrupt_rate,
+            "corrupt_splits": corrupt_splits or None,
+        },
+        router=router,
+        changes=change or (),
+        sized=minutes is not None,
     )
     if minutes is not None:
         chosen = _sized(chosen, minutes, data, cache, offline, device)
@@ -91,7 +121,6 @@ def train(
         options.write_json(chosen.to_dict())
         return
     folder = run or _fresh(chosen)
-    sys.stderr.write(f"{folder}: {chosen.steps} steps of {chosen.batch} x {chosen.segment} tokens\n")
     if export is not None:
         from usmoe.train.export import refuse_what_is_no_olmoe
 
@@ -108,6 +137,9 @@ def train(
             device=device,
             resume=resume,
             tensorboard=tensorboard,
+            begun=lambda whole: sys.stderr.write(
+                f"{folder}: {whole.steps} steps of {whole.batch} x {whole.segment} tokens\n"
+            ),
         )
     except KeyboardInterrupt as stop:  # which typer would end without a word
         raise typer.Abort(*stop.args) from stop
@@ -116,8 +148,8 @@ def train(
     _tell(finished, as_json)
 
 
-def _chosen(config: str | None, data: Path | None, level: str | None) -> tuple[TrainConfig, Path | None]:
-    """The configuration, and the folder in place of the hub."""
+def _chosen(config: str | None, data: Path | None) -> TrainConfig:
+    """The configuration that is named, or that of a text."""
     from usmoe.data.corpus import Corpus
     from usmoe.models.config import MODELS
     from usmoe.train.config import TrainConfig, read_config
@@ -126,28 +158,31 @@ def _chosen(config: str | None, data: Path | None, level: str | None) -> tuple[T
     if config is None:
         if data is None:
             raise typer.BadParameter("Give a configuration (usmoe train enwik8), or a text (usmoe train --data FILE)")
-        fields: dict[str, Any] = {"source": str(data)} | ({} if level is None else {"level": level})
+        if not data.exists():
+            raise ValueError(f"There is no text {data}. Give a file, or a folder with train, validation and test.")
         small: dict[str, Any] = dict(batch=8, segment=128, memory=128, steps=3000, lr=2e-3, warmup=100)
-        return TrainConfig(corpus=Corpus(**fields), model=MODELS["transformer-xl-small"], **small), None
+        return TrainConfig(corpus=Corpus(source=str(data)), model=MODELS["transformer-xl-small"], **small)
     if config in PRESETS:
-        chosen = PRESETS[config]
-    elif Path(config).suffix in (".toml", ".json"):
-        chosen = read_config(Path(config))
-    else:
-        raise ValueError(f"There is no preset {config!r}. Known: {', '.join(PRESETS)}; or give a .toml or .json file.")
-    return (chosen if level is None else chosen.replace(corpus__level=level)), data
+        return PRESETS[config]
+    if Path(config).suffix in (".toml", ".json"):
+        return read_config(Path(config))
+    raise ValueError(f"There is no preset {config!r}. Known: {', '.join(PRESETS)}; or give a .toml or .json file.")
+
+
+CHOSEN = ("batch", "segment", "memory", "steps", "lr", "warmup", "evaluate_every", "checkpoint_every", "log_every")
+CHOSEN += ("evaluation", "model.layers", "model.d_model", "model.heads", "model.head_size", "model.d_ff", "accumulate")
+"""Fields that --minutes chooses; those of a configuration are replaced."""
 
 
 def _changed(
     config: TrainConfig,
+    *,
     method: str | None,
+    top: Mapping[str, Any],
+    corpus: Mapping[str, Any],
     router: str | None,
-    steps: int | None,
-    seed: int | None,
-    changes: Any,
-    corrupt_mode: str | None,
-    corrupt_rate: float,
-    corrupt_splits: tuple[str, ...],
+    changes: Sequence[str],
+    sized: bool,
 ) -> TrainConfig:
     """The configuration with what the options say; all at once, so that no state between is refused."""
     from usmoe.train.config import TrainConfig
@@ -156,29 +191,35 @@ def _changed(
     if method is not None:
         config = method_of(method).apply(config)
     said = config.to_dict()
-    for name, value in (("steps", steps), ("seed", seed)):
-        if value is not None:
-            said[name] = value
+    said |= {name: value for name, value in top.items() if value is not None}
+    said["corpus"] |= {name: value for name, value in corpus.items() if value is not None}
     if router is not None:
         from usmoe.routing.text import parse_router
 
         parse_router(router)  # a wrong text is refused before anything is read
         said["model"]["router"] = router
-    if corrupt_mode is not None:
-        said["corpus"] |= {"corrupt_mode": corrupt_mode, "corrupt_rate": corrupt_rate}
-        said["corpus"] |= {"corrupt_splits": corrupt_splits} if corrupt_splits else {}
-    for one in changes:
-        name, equals, text = one.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"--set {one} sets nothing. Write --set lr=1e-3, or --set model.layers=6")
-        place, *path = [part.strip() for part in name.split(".")][::-1]
-        inner = said
-        for part in reversed(path):
-            if not isinstance(inner.get(part), dict):
-                raise ValueError(f"--set {one}: there is no table {part!r}. Known: corpus, model, evaluation.")
-            inner = inner[part]
-        inner[place] = _value(text.strip())
+    named = [_set(said, one) for one in changes]
+    if sized and (twice := [name for name in named if name.split(".")[0] == "evaluation" or name in CHOSEN]):
+        raise typer.BadParameter(f"--minutes chooses {', '.join(twice)}. Give one of --minutes and --set {twice[0]}")
+    if top["steps"] is not None and "warmup" not in named:  # a warm-up that nobody asked for
+        said["warmup"] = min(said["warmup"], top["steps"] // 10)
     return TrainConfig.from_dict(said)
+
+
+def _set(said: dict[str, Any], one: str) -> str:
+    """Put name=value into the tables; the name."""
+    name, equals, text = one.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--set {one} sets nothing. Write --set lr=1e-3, or --set model.layers=6")
+    *tables, field = [part.strip() for part in name.split(".")]
+    inner = said
+    for table in tables:
+        if table not in ("corpus", "model", "evaluation") or inner is not said:
+            raise ValueError(f"--set {one}: there is no table {table!r}. Known: corpus, model, evaluation.")
+        inner[table] = inner[table] or {}  # an evaluation as in training
+        inner = inner[table]
+    inner[field] = _value(text.strip())
+    return name.strip()
 
 
 def _value(text: str) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from usmoe.checked import refuse_wrong_types
 from usmoe.data.corrupt import Mode, check
 
 Level = Literal["byte", "char", "word", "bpe"]
@@ -46,13 +47,13 @@ class Corpus:
     corrupt_seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "split", tuple(self.split))  # lists, from JSON
-        object.__setattr__(self, "corrupt_splits", tuple(self.corrupt_splits))
+        for name in ("split", "corrupt_splits"):
+            if isinstance(getattr(self, name), list):  # from JSON
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        refuse_wrong_types(self)
         if not self.source:
             raise ValueError(f"The source is empty. Give {', '.join(NAMED)}, or the path of a text.")
-        if self.level is not None and self.level not in get_args(Level):
-            raise ValueError(f"level={self.level!r} is unknown. Choose {', '.join(get_args(Level))}.")
-        if len(self.split) != 2 or min(self.split) <= 0 or sum(self.split) >= 1:
+        if min(self.split) <= 0 or sum(self.split) >= 1:
             raise ValueError(
                 f"split={self.split} leaves a split empty. Give the shares of validation and test, both above 0 and "
                 "below 1 together."

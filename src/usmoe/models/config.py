@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from usmoe.experts.compute import refuse_no_size, up_width
+from usmoe.checked import refuse_wrong_types
+from usmoe.experts.compute import refuse_no_size
 from usmoe.routing.gates import GATES
 
 
@@ -56,22 +57,21 @@ class LanguageConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cutoffs", tuple(self.cutoffs))
+        if isinstance(self.cutoffs, list):  # from JSON
+            object.__setattr__(self, "cutoffs", tuple(self.cutoffs))
+        refuse_wrong_types(self)
         refuse_no_size(layers=self.layers, d_model=self.d_model, heads=self.heads, d_ff=self.d_ff)
         if self.vocabulary is not None:
             refuse_no_size(vocabulary=self.vocabulary)
         for name in ("num_experts", "shared_experts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is impossible. Give 0 or more.")
-        up_width(self.activation, self.d_ff)
-        for name, known in (
-            ("position", ("relative", "rotary")),
-            ("norm", ("layer", "rms")),
-            ("norm_place", ("post", "pre")),
-            ("gate", tuple(GATES)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"There is no {name} {getattr(self, name)!r}. Known: {', '.join(known)}.")
+        if self.gate not in GATES:
+            raise ValueError(f"There is no gate {self.gate!r}. Known: {', '.join(GATES)}.")
+        if self.head_size is not None:
+            refuse_no_size(head_size=self.head_size)
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} turns nothing. Give a number above 0.")
         if self.head_size is None and self.d_model % self.heads:
             raise ValueError(
                 f"d_model={self.d_model} does not divide into {self.heads} heads. Give another number, or head_size."

@@ -7,10 +7,11 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from usmoe.checked import refuse_wrong_types
 from usmoe.data.corpus import Corpus
 from usmoe.models.config import MODELS, LanguageConfig
 
@@ -23,15 +24,16 @@ class Evaluation:
 
     batch: int = 10
     """Streams."""
-    segment: int = 128
+    segment: int
     """Tokens predicted at once."""
-    memory: int = 896
+    memory: int
     """Tokens of the segments before that are remembered; 0: reset at each segment."""
     tokens: int | None = None
     """Of a split, from its beginning; None: all of them."""
 
     def __post_init__(self) -> None:
-        _refuse_below(1, self, "batch", "segment", *(() if self.tokens is None else ("tokens",)))
+        refuse_wrong_types(self)
+        _refuse_below(1, self, "batch", "segment", "tokens")
         _refuse_below(0, self, "memory")
 
 
@@ -91,27 +93,24 @@ class TrainConfig:
     seed: int = 0
     evaluate_every: int = 1000
     """Optimizer steps between evaluations on the validation split; the best model is kept."""
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: Evaluation = None  # pyright: ignore[reportAssignmentType]
+    """None: in the segments of training, after as much memory."""
     checkpoint_every: int = 1000
     """Optimizer steps between checkpoints."""
     log_every: int = 20
     """Optimizer steps between lines of the log."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "grow_k", None if self.grow_k is None else tuple(self.grow_k))
+        if self.evaluation is None:
+            object.__setattr__(self, "evaluation", Evaluation(segment=self.segment, memory=self.memory))
+        for name in ("betas", "grow_k"):  # lists, from JSON
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        refuse_wrong_types(self)
         counts = ("batch", "segment", "steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every")
         _refuse_below(1, self, *counts)
         losses = ("balance", "z_loss", "output_z_loss", "distill", "similarity")
         _refuse_below(0, self, "memory", "warmup", "decay", "clip", "weight_decay", *losses)
-        for name, known in (
-            ("order", ("streams", "windows")),
-            ("optimizer", ("adam", "adamw", "muon")),
-            ("schedule", ("cosine", "constant", "plateau")),
-            ("precision", ("auto", "float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"There is no {name} {getattr(self, name)!r}. Known: {', '.join(known)}.")
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr} learns nothing. Give one above 0.")
         if self.order == "windows" and self.memory:
@@ -126,6 +125,10 @@ class TrainConfig:
             raise ValueError(f"freeze_at={self.freeze_at} is no share of the steps. Give one between 0 and 1.")
         if self.freeze_at is not None and self.model.gate != "stable":
             raise ValueError(f"freeze_at belongs to gate=stable, and the gate is {self.model.gate}. Leave it out.")
+        if self.distill and self.model.gate != "stable":
+            raise ValueError(f"distill belongs to gate=stable, and the gate is {self.model.gate}. Leave it out.")
+        if self.freeze_at is not None and not self.distill:
+            raise ValueError("freeze_at begins a stage whose router was never taught. Give distill, such as 1.")
         if self.grow_k is not None and not 0 < self.grow_k[0] <= self.grow_k[1] <= self.model.num_experts:
             raise ValueError(
                 f"grow_k={self.grow_k} is impossible with {self.model.num_experts} experts. Give two numbers from 1 to "
@@ -146,13 +149,20 @@ class TrainConfig:
                 inner.setdefault(first, {})[rest] = value
             else:
                 outer[name] = value
+        if self._evaluated_as_trained and "evaluation" not in outer and "evaluation" not in inner:
+            outer["evaluation"] = None
         for name, values in inner.items():
             outer[name] = dataclasses.replace(outer.get(name, getattr(self, name)), **values)
         return dataclasses.replace(self, **outer)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; `from_dict` reads it back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        said = json.loads(json.dumps(dataclasses.asdict(self)))
+        return said | ({"evaluation": None} if self._evaluated_as_trained else {})
+
+    @property
+    def _evaluated_as_trained(self) -> bool:
+        return self.evaluation == Evaluation(segment=self.segment, memory=self.memory)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> TrainConfig:
@@ -163,11 +173,14 @@ class TrainConfig:
             raise ValueError('The configuration names no corpus. Give one: corpus = {source = "enwik8"}.')
         corpus, model = said.pop("corpus"), said.pop("model", "transformer-xl-base")
         fields: dict[str, Any] = {
-            "corpus": _made(Corpus, {"source": corpus} if isinstance(corpus, str) else corpus, "corpus"),
+            "corpus": _made(
+                Corpus, {"source": corpus} if isinstance(corpus, str) else _table(corpus, "corpus"), "corpus"
+            ),
             "model": _model(model),
         }
-        if "evaluation" in said:
-            fields["evaluation"] = _made(Evaluation, said.pop("evaluation"), "evaluation")
+        if (evaluation := said.pop("evaluation", None)) is not None:
+            trained = {name: said.get(name, getattr(TrainConfig, name)) for name in ("segment", "memory")}
+            fields["evaluation"] = _made(Evaluation, trained | _table(evaluation, "evaluation"), "evaluation")
         return _made(TrainConfig, said | fields, "the configuration")
 
 
@@ -186,12 +199,18 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _model(said: str | Mapping[str, Any]) -> LanguageConfig:
-    fields = {"like": said} if isinstance(said, str) else dict(said)
+    fields = {"like": said} if isinstance(said, str) else _table(said, "model")
     like = fields.pop("like", None)
     if like is not None and like not in MODELS:
         raise ValueError(f"There is no model {like!r}. Known: {', '.join(MODELS)}.")
     start = {} if like is None else dataclasses.asdict(MODELS[like])
     return _made(LanguageConfig, start | fields, "model")
+
+
+def _table(said: Any, what: str) -> dict[str, Any]:
+    if not isinstance(said, Mapping):
+        raise ValueError(f"{what}={said!r} is no table. Give its fields, such as [{what}] in TOML.")
+    return dict(said)
 
 
 def _made(kind: Any, fields: Mapping[str, Any], what: str) -> Any:
@@ -208,5 +227,5 @@ def _made(kind: Any, fields: Mapping[str, Any], what: str) -> Any:
 def _refuse_below(least: int, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        if value is not None and not value >= least:
             raise ValueError(f"{name}={value!r} is impossible. Give {least} or more.")

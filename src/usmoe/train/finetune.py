@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def finetune(
     resume: bool = False,
     anew: bool = False,
     progress: bool = True,
+    begun: Callable[[int], object] = lambda steps: None,
 ) -> Scored:
     """Train a classifier and test it, or go on with that; of a run that is whole, its result.
 
@@ -68,6 +70,7 @@ def finetune(
     data        a folder of local data sets in place of the hub
     resume      go on with the run in the folder; where there is none, begin
     anew        remove the run in the folder, once it is known that this one can begin
+    begun       called with the number of optimizer steps once it is known that the run can go on
 
     After each epoch the rows for selection are classified; the first of the epochs with the highest accuracy there is
     tested, once. Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt. Raises ValueError for
@@ -75,12 +78,7 @@ def finetune(
     loss that is not finite; OSError for a disk that is full. In every case the last checkpoint stays.
     """
     run = RunFolder(Path(folder))
-    if run.begun and not is_finetuned(run.path):
-        raise ValueError(f"{run.path} holds a run of usmoe train. Give another --run.")
-    if run.begun and not (resume or anew):
-        raise ValueError(
-            f"{run.path} holds a run already. Give --resume to go on with it, --force to begin anew, or another --run."
-        )
+    refuse_what_is_there(run.path, going_on=resume or anew)
     start, said = start_of(Path(checkpoint), which)
     task = classification(config.data, data, offline=offline)
     config = resolved(config, start, device)
@@ -99,8 +97,23 @@ def finetune(
             else:
                 _begin(run, config, said, task, start.vocabulary)
             loop = FinetuneLoop(config, run, task, model, texts)
+            begun(loop.steps)
             loop.go(stop, progress=progress)
             return _tested(loop, said, stop)
+
+
+def refuse_what_is_there(folder: Path, *, going_on: bool) -> None:
+    """Raise ValueError where a folder holds a run of usmoe train, or one of usmoe finetune that is not asked for.
+
+    going_on  it is asked for: to go on with, or to remove
+    """
+    run = RunFolder(folder)
+    if run.begun and not is_finetuned(run.path):
+        raise ValueError(f"{run.path} holds a run of usmoe train. Give another --run.")
+    if run.begun and not going_on:
+        raise ValueError(
+            f"{run.path} holds a run already. Give --resume to go on with it, --force to begin anew, or another --run."
+        )
 
 
 def _texts(examples: Examples, vocabulary: Vocabulary, config: FinetuneConfig) -> Texts:

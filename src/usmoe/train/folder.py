@@ -30,7 +30,7 @@ from usmoe.report.whole import whole, whole_json
 from usmoe.train.config import TrainConfig
 
 SCHEMA = 1
-LENGTHENING = ("evaluate_every", "checkpoint_every", "log_every", "evaluation")
+LENGTHENING = ("evaluate_every", "checkpoint_every", "log_every")
 """Fields that may change between stop and resume: they decide what is written, not what is learnt."""
 
 
@@ -78,32 +78,63 @@ class RunFolder:
                 raise ValueError(
                     f"Another process trains in {self.path}. Wait for it, or give another --run."
                 ) from error
-            yield
+            try:
+                yield
+            finally:
+                if [file.name for file in self.path.iterdir()] == [".lock"]:  # what was refused leaves nothing
+                    (self.path / ".lock").unlink()
+                    self.path.rmdir()
 
-    def begin(self, config: TrainConfig, vocabulary: Vocabulary) -> None:
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """What the disk refuses becomes a sentence that says what is kept."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:  # a sentence already
+                raise
+            kept = f"The last good checkpoint is {self.checkpoint}" if self.checkpoint.is_file() else "Nothing was kept"
+            at = f" at {error.filename}" if error.filename else ""
+            raise OSError(f"The run in {self.path} stopped: {error.strerror}{at}. {kept}.") from error
+
+    def begin(self, config: TrainConfig, vocabulary: Vocabulary, text: str) -> None:
+        """text: a digest of what is learned from."""
         vocabularies.save(vocabulary, self.vocabulary)
-        whole_json({"schema": SCHEMA, **config.to_dict()}, self.path / "config.json")
+        whole_json({"schema": SCHEMA, "text": text, **config.to_dict()}, self.path / "config.json")
 
     def config(self) -> TrainConfig:
         """Raises ValueError where there is no run, or one of another schema."""
+        return self._begun()[0]
+
+    def _begun(self) -> tuple[TrainConfig, str | None]:
+        """The configuration, and the digest of what was learned from."""
         path = self.path / "config.json"
         if not path.is_file():
             raise ValueError(f"{self.path} holds no run of usmoe train. Give the folder of one.")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}). Put the one of the run back.") from error
+        if not isinstance(data, dict) or "corpus" not in data:
+            raise ValueError(f"{self.path} is no run of usmoe train (of usmoe finetune, perhaps). Give one.")
         if data.pop("schema", None) != SCHEMA:
             raise ValueError(f"{path} is of another version of usmoe, and this one reads schema {SCHEMA}.")
-        return TrainConfig.from_dict(data)
+        text = data.pop("text", None)
+        return TrainConfig.from_dict(data), text
 
-    def refuse_change(self, config: TrainConfig) -> TrainConfig:
-        """The configuration to go on with. Raises ValueError, saying what changed, where another run was begun here.
+    def refuse_change(self, config: TrainConfig, text: str) -> TrainConfig:
+        """The configuration to go on with. Raises ValueError, saying what changed, where another run was begun here,
+        or one on another text.
 
         What is only written more or less often may change; so may the steps of a schedule whose learning rate does not
         depend on them so far."""
-        before = self.config()
-        may = {*LENGTHENING, *(("steps", "decay") if before.schedule != "cosine" else ())}
-        if before.grow_k is not None or before.freeze_at is not None:
-            may -= {"steps"}
-        self.refuse_differences(before.to_dict(), config.to_dict(), may)
+        before, learned = self._begun()
+        if learned != text and before.corpus == config.corpus:
+            raise ValueError(
+                f"The run in {self.path} learned from another text than {config.corpus.source} holds now. Put that "
+                "text back, or begin a new run in another folder."
+            )
+        self.refuse_differences(before.to_dict(), config.to_dict(), self.may_change(before))
         if before.schedule == "plateau" and config != before and self.checkpoint.is_file():
             step = self.read()["step"]
             if step > min(before.steps - before.decay, config.steps - config.decay):
@@ -112,6 +143,12 @@ class RunFolder:
                     "decay cannot change any more."
                 )
         return config
+
+    @staticmethod
+    def may_change(config: TrainConfig) -> set[str]:
+        """Fields that may differ when a run goes on."""
+        staged = config.grow_k is not None or config.freeze_at is not None
+        return {*LENGTHENING, *(() if config.schedule == "cosine" or staged else ("steps", "decay"))}
 
     def refuse_differences(self, before: dict[str, Any], now: dict[str, Any], may: Collection[str]) -> None:
         """Raises ValueError, saying what changed, where two configurations differ in more than the fields that may."""
@@ -141,7 +178,7 @@ class RunFolder:
             return torch.load(self.checkpoint, weights_only=True, map_location=device)
         except Exception as error:  # torch raises pickle's, zip's and its own errors for a file that is cut short
             raise ValueError(
-                f"{self.checkpoint} cannot be read ({_first(error)}). It is not whole: remove it, and train anew."
+                f"{self.checkpoint} cannot be read ({_first(error)}). It is not whole, and the run cannot go on."
             ) from error
 
     def save_model(self, model: nn.Module, name: str, step: int) -> None:
@@ -150,14 +187,17 @@ class RunFolder:
         with whole(self.path / f"{name}.safetensors") as part:
             save_file(tensors, part, metadata={"step": str(step)})
 
-    def forget_after(self, step: int) -> None:
-        """Leave out of the log what lies after the checkpoint that a run goes on from."""
+    def forget_after(self, step: int, due: bool = False) -> None:
+        """Leave out of the log what lies after the checkpoint that a run goes on from.
+
+        due  whether the evaluation after that step is still to be made"""
         if not self.log.is_file():
             return
         kept = []
         for line in self.log.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                row = json.loads(line)
+                if row["step"] < step or (row["step"] == step and not (due and "validation" in row)):
                     kept.append(line)
             except (ValueError, KeyError):  # a line that was cut short by the stop
                 continue

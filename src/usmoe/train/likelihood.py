@@ -4,6 +4,7 @@ teacher-forced, by one forward a segment; and honest, by the tokens before each 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def teacher_forced(
     window: int = 0,
     alone: bool = False,
     progress: bool = False,
+    stop: threading.Event | None = None,
 ) -> Forced:
     """The likelihood of every token of a split but the first, each predicted once, a forward a segment.
 
@@ -70,6 +72,8 @@ def teacher_forced(
              remembers E scores a token: a window bounds them
     alone    each stream by itself, in a batch of one, so that no router sees another
 
+    stop     once it is set, Stopped is raised before the next segment
+
     A split of fewer tokens than streams has fewer streams. The model is evaluated in evaluation mode, and each module
     is then in the mode that it was in. Raises ValueError for a split of fewer than two tokens, and where a likelihood
     is no number.
@@ -79,7 +83,7 @@ def teacher_forced(
     with evaluating(model, router):
         for stream in range(min(setting.batch, len(tokens) - 1)) if alone else (None,):
             found, valid = [], []
-            for segment in read(model, tokens, setting, window=window, stream=stream, progress=progress):
+            for segment in read(model, tokens, setting, window=window, stream=stream, progress=progress, stop=stop):
                 found.append(predicted(model, segment.out.hidden, segment.batch).cpu())
                 valid.append(segment.batch.valid.cpu())
                 tally.count(_of_real(segment.out.said, segment.batch.valid))

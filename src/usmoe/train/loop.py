@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from usmoe.train.likelihood import teacher_forced
 from usmoe.train.log import Log, routed
 from usmoe.train.objective import Learner
 from usmoe.train.optimizers import learning_rate, optimisers_of
-from usmoe.train.stop import random_states, restore_random_states, stoppable
+from usmoe.train.stop import Stopped, random_states, restore_random_states, stoppable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ def train(
     progress: bool = True,
     tensorboard: bool = False,
     router: Any = None,
+    begun: Callable[[TrainConfig], object] = lambda config: None,
 ) -> Finished:
     """Train a language model, or go on with it.
 
@@ -69,23 +71,44 @@ def train(
     resume   go on with the run in the folder; where there is none, begin
     seconds  stop after the step that ends so long from now, with a checkpoint
     router   an object in place of the configuration's text: it must be the same one at each resume
+    begun    called with the whole configuration once it is known that the run can go on
+
+    Several processes (accelerate launch, torchrun) train one model, each on its own sequences of a step.
 
     Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt. Raises ValueError for bad
     configurations, a run that is already there, one whose configuration changed, and a loss that is not finite;
     OSError for a disk that is full. In every case the last checkpoint stays.
     """
-    run = RunFolder(Path(folder))
-    if run.begun and not resume:
+    run, main = RunFolder(Path(folder)), os.environ.get("RANK", "0") == "0"
+    place = place_of(device)
+    if main and run.begun and not resume:
         raise ValueError(f"{run.path} holds a run already. Give --resume to go on with it, or another --run.")
-    with run.locked(), torch.random.fork_rng(), stoppable() as stop:
+    with run.telling(), run.locked() if main else nullcontext(), torch.random.fork_rng(), stoppable() as stop:
         prepared = prepare(config.corpus, Path(cache), data=data, offline=offline)
         config = resolved(config, prepared, device)
-        if run.begun:
-            config = run.refuse_change(config)
-        loop = _Loop(config, run, prepared, device, router)
-        if loop.main:
-            run.begin(config, prepared.vocabulary)
+        if main and run.begun:
+            config = run.refuse_change(config, prepared.digest)
+        loop = _Loop(config, run, prepared, place, router)
+        if main:
+            run.begin(config, prepared.vocabulary, prepared.digest)
+            begun(config)
         return loop.go(stop, seconds, progress=progress, tensorboard=tensorboard)
+
+
+def place_of(device: str) -> torch.device:
+    """The device of that name. Raises ValueError for what is not here, or is neither a CPU nor a GPU of CUDA's."""
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device {device!r}. Give cpu, cuda or cuda:1.") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"Training on {device} is not possible here. Give cpu, cuda or cuda:1.")
+    here = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= here:
+        raise ValueError(
+            f"There is no {device}: this machine has {here} GPUs that torch can use. Give another, or cpu."
+        )
+    return place
 
 
 def resolved(config: TrainConfig, prepared: Prepared, device: str) -> TrainConfig:
@@ -113,9 +136,11 @@ def precision_of(asked: Precision, device: str) -> Literal["float32", "bfloat16"
 class _Loop:
     """The state of a run in this process, and its steps."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, prepared: Prepared, device: str, router: Any) -> None:
+    def __init__(
+        self, config: TrainConfig, run: RunFolder, prepared: Prepared, place: torch.device, router: Any
+    ) -> None:
         self.config, self.run, self.prepared = config, run, prepared
-        self.accelerator = _accelerator(config, device)
+        self.accelerator = _accelerator(config, place)
         if config.batch % (config.accumulate * self.accelerator.num_processes):
             raise ValueError(
                 f"batch={config.batch} does not divide into {config.accumulate} parts on each of "
@@ -136,6 +161,7 @@ class _Loop:
         self.running = [0.0, 0]  # nats since the last line of the log, and how many steps
         self.memories: list[Memory | None] = [None] * config.accumulate
         self.frozen = False
+        self.due = False  # whether the evaluation after the last step is still to be made
         if run.checkpoint.is_file():
             self._restore(run.read())
 
@@ -150,7 +176,7 @@ class _Loop:
     def go(self, stop: threading.Event, seconds: float | None, *, progress: bool, tensorboard: bool) -> Finished:
         """Steps until the end, a signal, or the end of the time."""
         if self.main:
-            self.run.forget_after(self.step)
+            self.run.forget_after(self.step, self.due)
         log = Log(
             self.run.log,
             step=self.step,
@@ -158,22 +184,24 @@ class _Loop:
             progress=progress and self.main,
             tensorboard=tensorboard and self.main,
         )
-        began, before, saved = time.monotonic(), self.spent, self.step
-        try:
-            while self.step < self.config.steps:
+        began, before = time.monotonic(), self.spent
+        with closing(log), suppress(Stopped):  # an evaluation that is left is made when the run goes on
+            if self.due:
+                self._stage(self.step - 1)
+                self._evaluate(log, stop)
+            over = False
+            while self.step < self.config.steps and not over:
                 self.spent = before + time.monotonic() - began
                 self._advance(log)
-                if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+                over = self._agreed(stop.is_set() or (seconds is not None and time.monotonic() - began >= seconds))
+                if self.due or over or self.step % self.config.checkpoint_every == 0:
                     self.spent = before + time.monotonic() - began
-                    self._save()
-                    saved = self.step
-                if stop.is_set() or (seconds is not None and time.monotonic() - began >= seconds):
-                    break
-            if saved != self.step:
+                    self._save()  # before the evaluation, which may take long
+                if self.due:
+                    self._evaluate(log, stop)
+            if self.step == self.config.steps:
                 self._save()
-        finally:
-            log.close()
-        if stop.is_set():
+        if stop.is_set() and (self.due or self.step < self.config.steps):
             raise KeyboardInterrupt(
                 f"step {self.step} of {self.config.steps} is saved in {self.run.path}; --resume goes on."
             )
@@ -185,10 +213,17 @@ class _Loop:
             unit=self.prepared.unit,
         )
 
+    def _agreed(self, asked: bool) -> bool:
+        """Whether any of the processes asks for it."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        several: Any = self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device))
+        return bool(several.item())
+
     def _advance(self, log: Log) -> None:
         """One step, and what is written after it."""
         config, started = self.config, time.monotonic()
-        self._stage()
+        self._stage(self.step)
         batch = self.batches.at(self.step)
         nats, norm, out = self._learn(batch)
         self.step += 1
@@ -211,8 +246,7 @@ class _Loop:
             self.running = [0.0, 0]
             log.write(row)
             log.show(row)
-        if self.step % config.evaluate_every == 0 or last:
-            self._evaluate(log)
+        self.due = self.step % config.evaluate_every == 0 or last
 
     def _learn(self, batch: Batch) -> tuple[float, float, LanguageOutput]:
         """Gradients of a batch, one step of every optimiser. Nats a token, the gradient's norm, what the last part
@@ -223,25 +257,26 @@ class _Loop:
         inputs, targets = (
             part[mine].to(accelerator.device).chunk(config.accumulate) for part in (batch.inputs, batch.targets)
         )
-        nats, out = torch.zeros((), device=accelerator.device), None
+        nats, out, told = torch.zeros((), device=accelerator.device), None, []
         for number, (tokens, goal) in enumerate(zip(inputs, targets, strict=True)):
             memory = None if batch.first else self.memories[number]
             with self._synchronised(number == config.accumulate - 1), accelerator.autocast():
                 said = self.wrapped(tokens, goal, memory)
                 accelerator.backward(said.total / config.accumulate)
             nats, out, self.memories[number] = nats + said.nats / config.accumulate, said.out, said.out.memory
+            told += said.out.said
         norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip or math.inf)
-        told = accelerator.reduce(nats, "mean").item()  # pyright: ignore[reportAttributeAccessIssue]
-        if not (math.isfinite(told) and math.isfinite(norm.item())):
-            raise ValueError(self._not_finite(told, norm.item()))
+        mean = accelerator.reduce(nats, "mean").item()  # pyright: ignore[reportAttributeAccessIssue]
+        if not (math.isfinite(mean) and math.isfinite(norm.item())):
+            raise ValueError(self._not_finite(mean, norm.item()))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.step()
             optimiser.zero_grad(set_to_none=False)  # fresh memory for gradients costs as much as computing them
         if self.learner.sparsity is not None:
-            self.learner.sparsity.update(out.said)  # pyright: ignore[reportOptionalMemberAccess]
-        return told, norm.item(), out  # pyright: ignore[reportReturnType]
+            self.learner.sparsity.update(told)
+        return mean, norm.item(), out  # pyright: ignore[reportReturnType]
 
     def _not_finite(self, nats: float, norm: float) -> str:
         what = f"The loss is {nats}" if not math.isfinite(nats) else f"The gradient's norm is {norm}"
@@ -263,27 +298,28 @@ class _Loop:
         with self.accelerator.no_sync(self.wrapped):
             yield
 
-    def _stage(self) -> None:
+    def _stage(self, step: int) -> None:
         """What a step begins with where the method has stages."""
         config = self.config
         if config.grow_k is not None:
             first, last = config.grow_k
-            k = min(first + (last - first + 1) * self.step // config.steps, last)
+            k = min(first + (last - first + 1) * step // config.steps, last)
             if self.model.moe_layers[0].router.k != k:
                 self.model.reroute([dataclasses.replace(layer.router, k=k) for layer in self.model.moe_layers])
-        if config.freeze_at is not None and not self.frozen and self.step >= config.freeze_at * config.steps:
+        if config.freeze_at is not None and not self.frozen and step >= config.freeze_at * config.steps:
             for layer in self.model.moe_layers:
                 layer.gate.freeze()  # pyright: ignore[reportCallIssue]
             self.learner.zero_grad(set_to_none=True)  # what has no gradient from now on, no optimiser moves
             self.frozen = True
 
-    def _evaluate(self, log: Log) -> None:
-        """The validation figure; the best model is kept."""
+    def _evaluate(self, log: Log, stop: threading.Event) -> None:
+        """The validation figure; the best model is kept. Raises Stopped once a stop is asked for."""
         if not self.main:
+            self.due = False
             return
-        self.model.eval()
-        nats = teacher_forced(self.model, self.prepared.validation, self.config.evaluation).mean
-        self.model.train()
+        heeded = stop if self.accelerator.num_processes == 1 else None  # else all agree on it after a step
+        nats = teacher_forced(self.model, self.prepared.validation, self.config.evaluation, stop=heeded).mean
+        self.due = False
         figures = {f"validation_{name}": value for name, value in self._stated(nats, "validation").items()}
         row = {"step": self.step, "validation": nats, **figures}
         log.write(row)
@@ -309,13 +345,15 @@ class _Loop:
                 "step": self.step,
                 "learner": self.learner.state_dict(),
                 "optimisers": [one.state_dict() for one in self.optimisers],
+                "config": self.config.to_dict(),
                 "best": self.best,
+                "due": self.due,
                 "running": self.running,
                 "seconds": self.spent,
                 "processes": each,
             }
         )
-        if self.step == self.config.steps:
+        if self.step == self.config.steps and not self.due:
             self.run.save_model(self.model, "last", self.step)
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -325,12 +363,15 @@ class _Loop:
                 f"The run in {self.run.path} was trained by {len(each)} processes, and there are "
                 f"{self.accelerator.num_processes} now. Start as many."
             )
+        before = TrainConfig.from_dict(state["config"])
+        now = self.config.to_dict()
+        self.run.refuse_differences(before.to_dict(), now, self.run.may_change(before))
         mine, device = each[self.accelerator.process_index], self.accelerator.device
         self.learner.load_state_dict(state["learner"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.step, self.best, self.spent = state["step"], state["best"], state["seconds"]
-        self.running = list(state["running"])
+        self.running, self.due = list(state["running"]), state["due"]
         empty = (None,) * self.config.model.layers
         self.memories = [
             None if one is None else Memory(layers=tuple(layer.to(device) for layer in one), routers=empty)
@@ -339,11 +380,13 @@ class _Loop:
         restore_random_states(mine, device)
 
 
-def _accelerator(config: TrainConfig, device: str) -> Accelerator:
+def _accelerator(config: TrainConfig, place: torch.device) -> Accelerator:
     """An accelerator of this precision, whatever an earlier run of this process had."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
     return Accelerator(
-        cpu=torch.device(device).type == "cpu",
+        cpu=place.type == "cpu",
         mixed_precision="bf16" if config.precision == "bfloat16" else "no",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.freeze_at is not None)],
     )

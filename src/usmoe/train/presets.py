@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from usmoe.data.corpus import Corpus
 from usmoe.models.config import MODELS
-from usmoe.train.config import TrainConfig
+from usmoe.train.config import Evaluation, TrainConfig
 from usmoe.train.methods import METHODS
 
 
 def _paper(source: str, batch: int, model: str = "transformer-xl-base") -> TrainConfig:
     config = TrainConfig(
-        corpus=Corpus(source=source), model=MODELS[model], batch=batch, segment=512, memory=512, lr=2.5e-4, clip=0.25
+        corpus=Corpus(source=source),
+        model=MODELS[model],
+        batch=batch,
+        segment=512,
+        memory=512,
+        lr=2.5e-4,
+        clip=0.25,
+        evaluation=Evaluation(batch=10, segment=128, memory=896),
     )
     return METHODS["usmoe"].apply(config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from usmoe.layers import MoE
 from usmoe.layers.threshold_form import moving_threshold, threshold_form
 from usmoe.models.language import LanguageModel, LanguageOutput, Memory
 from usmoe.train.config import Evaluation
+from usmoe.train.stop import Stopped
 from usmoe.types import is_causal
 
 
@@ -59,12 +61,15 @@ def read(
     window: int = 0,
     stream: int | None = None,
     progress: bool = False,
+    stop: threading.Event | None = None,
 ) -> Iterator[Segment]:
     """Every segment of a part, in order. The model is to be in evaluation mode (`evaluating`).
 
     window    tokens over which routers that remember (prefix, a bucket) go on from segment to segment, in whole
               segments; then, as at the beginning, their memory is empty. 0: it is so at each segment
     stream    read that one alone, in a batch of one, in the place of all side by side
+
+    stop      once it is set, Stopped is raised before the next segment
 
     Attention remembers setting.memory tokens; where that is 0, routers remember nothing from segment to segment either.
     """
@@ -74,6 +79,8 @@ def read(
     steps = -(-_longest(len(tokens), setting) // setting.segment)
     shown = tqdm(batches(tokens, setting), total=steps, unit="segment", leave=False, disable=None if progress else True)
     for number, whole in enumerate(shown):
+        if stop is not None and stop.is_set():
+            raise Stopped
         batch = _rows(whole, streams, device)
         if batch is None:
             break

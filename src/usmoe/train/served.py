@@ -56,7 +56,9 @@ def served(
     if how == "prefix":
         routers = [_prefix(layer.router, k) for layer in model.moe_layers]
     elif calibration is not None:
-        routers = calibrated(model, calibration, Evaluation() if setting is None else setting, k=k)
+        if setting is None:
+            raise ValueError("Calibration tokens are read as a setting says. Give setting=Evaluation(...).")
+        routers = calibrated(model, calibration, setting, k=k)
     else:
         if k is not None and any(getattr(layer.router, "k", None) != k for layer in model.moe_layers):
             raise ValueError(

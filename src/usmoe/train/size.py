@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from usmoe.models.config import MODELS, LanguageConfig
+from usmoe.models.config import LanguageConfig
 from usmoe.models.language import LanguageModel
 from usmoe.train.config import Evaluation, TrainConfig
 from usmoe.train.objective import Learner
@@ -47,7 +47,8 @@ def suggest(
     """The largest model of a ladder that sees 20 tokens for each of its active parameters in the time, each size timed
     over a few steps, and as many steps as the time has room for; the smallest where none does.
 
-    config      what is kept: corpus, router, gate, losses; model, batch, steps and learning rate are chosen
+    config      what is kept: corpus, kind of model, router, gate, losses; layers and widths, batch, segment, memory,
+                steps, learning rate and warm-up are chosen
     tokens      of the training split: it is read four times at most
     vocabulary  tokens
 
@@ -57,17 +58,8 @@ def suggest(
         raise ValueError(f"--minutes {minutes:g} is no time. Give a number above 0.")
     best: Suggestion | None = None
     for layers, d_model, heads, d_ff in _SIZES:
-        model = MODELS["transformer-xl-base"].replace(
-            layers=layers,
-            d_model=d_model,
-            heads=heads,
-            head_size=None,
-            d_ff=d_ff,
-            dropout=0.0,
-            vocabulary=vocabulary,
-            router=config.model.router,
-            gate=config.model.gate,
-            moving=config.model.moving,
+        model = config.model.replace(
+            layers=layers, d_model=d_model, heads=heads, head_size=None, d_ff=d_ff, vocabulary=vocabulary
         )
         found = _of_size(config, model, minutes, tokens, device)
         size, active = found.parameters / 1e6, found.active / 1e6
@@ -91,11 +83,11 @@ def _of_size(config: TrainConfig, model: LanguageConfig, minutes: float, tokens:
         model=model,
         batch=batch,
         segment=segment,
-        memory=segment if config.order == "streams" else 0,
+        memory=segment if config.order == "streams" and config.memory else 0,
         lr=2e-3 * (96 / model.d_model) ** 0.5,
         accumulate=1,
         steps=max(config.warmup + config.decay, 1),
-        evaluation=Evaluation(batch=10, segment=segment, memory=segment, tokens=100_000),
+        evaluation=Evaluation(segment=segment, memory=segment if config.memory else 0, tokens=100_000),
     )
     speed, parameters, active = _measured(sized, device)
     possible = int(minutes * 60 * SHARE * speed / (batch * segment))
@@ -133,6 +125,6 @@ def _measured(config: TrainConfig, device: str, steps: int = 4) -> tuple[float, 
             times.append(time.perf_counter() - started)
     counts = {name: one.numel() for name, one in learner.model.layers.named_parameters()}
     experts = sum(number for name, number in counts.items() if name.endswith(("feed_forward.up", "feed_forward.down")))
-    share = said.out.said[0].routing.experts_per_token.double().mean().item() / config.model.num_experts
-    total = sum(counts.values())
+    routed = said.out.said[0].routing.experts_per_token.double().mean().item() if said.out.said else 0.0
+    share, total = routed / max(config.model.num_experts, 1), sum(counts.values())
     return tokens.numel() / min(times[1:]), total, int(total - experts * (1 - share))
