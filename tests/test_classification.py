@@ -177,7 +177,12 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         r"Row 1 of .* has int '17', which is no",
     ),
-    "too few": (rows(3), {}, r"3 rows, are too few to set a share of 0\.1 aside for test"),
+    "too few": (rows(3), {}, r"3 rows, are too few to set a share of 0\.1 aside for test\. Give more rows, or a file"),
+    "too few texts": (
+        rows(3) * 20,
+        {},
+        r"60 rows \(3 distinct texts\), are too few to set .* Give more distinct texts, or a file of test",
+    ),
 }
 
 

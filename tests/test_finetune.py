@@ -199,6 +199,7 @@ def test_the_command_runs_seeds_and_says_which_rows_were_which(
     assert "Tested on: 16 rows set aside" in out
     assert "test texts are longer than 24 tokens" in out
     assert (tmp_path / "run" / "seed-1" / "result.json").is_file()
+    assert "run/seed-1: 4 steps of 16 texts of" in err
     status, out, err = command(*words, "--resume", "--json")
     said = json.loads(out)
     values = [one["accuracy"] for one in said["seeds"]]
@@ -207,6 +208,26 @@ def test_the_command_runs_seeds_and_says_which_rows_were_which(
         "deviation": pytest.approx(np.std(values, ddof=1)),
     }
     assert [one["config"]["seed"] for one in said["seeds"]] == [0, 1]
+
+
+def test_a_folder_is_of_one_run_or_of_several_seeds(command, checkpoint: Path, keyword: Path, tmp_path: Path):
+    """And whether it is free is known before the first seed is trained."""
+    one = (checkpoint, keyword, "--steps", "1", "--length", "16")
+    several = (*one, "--seeds", "2", "-o", tmp_path / "several")
+    assert command(*several, "--seed", "1")[0] == command(*one, "-o", tmp_path / "one")[0] == 0
+    before = sorted(tmp_path.rglob("*"))
+    for words, sentence in (
+        ((*one, "-o", tmp_path / "several"), "holds a run for each of several seeds (seed-1, seed-2). Give --seeds"),
+        ((*one, "-o", tmp_path / "several", "--force"), "holds a run for each of several seeds"),
+        ((*one, "-o", tmp_path / "one", "--seeds", "2", "--force"), "holds one run, and 2 seeds need a folder"),
+        (several, "several/seed-1 holds a run already. Give --resume"),
+        ((checkpoint, "nothing.csv", "-o", tmp_path / "new", "--seeds", "2"), "no file, folder or data set"),
+    ):
+        status, out, err = command(*words)
+        assert (status, out) == (1, "")
+        assert sentence in " ".join(err.split())
+        assert "steps of" not in err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_command_refuses_in_one_line(command, checkpoint: Path, keyword: Path, tmp_path: Path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import sys
@@ -88,6 +89,7 @@ def finetune(
     if offline:  # read where these libraries are imported, below
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     from usmoe.train.finetune import finetune as go
+    from usmoe.train.finetune import refuse_what_is_there
     from usmoe.train.finetune_config import finetune_preset
 
     given = {
@@ -113,11 +115,15 @@ def finetune(
     keep_memory()
     found: list[Scored] = []
     shared: dict[str, Any] = dict(checkpoint=checkpoint, which=which, data=data, offline=offline, device=device)
-    for number in range(seed, seed + seeds):
-        place = folder if seeds == 1 else folder / f"seed-{number}"
-        _announce(config, place, number)
+    _refuse_another_kind(folder, seeds)
+    places = {number: folder if seeds == 1 else folder / f"seed-{number}" for number in range(seed, seed + seeds)}
+    for place in places.values():  # before the first is trained
+        refuse_what_is_there(place, going_on=resume or force)
+    for number, place in places.items():
+        one = config.replace(seed=number)
+        shared["begun"] = functools.partial(_announce, one, place)
         try:
-            found.append(go(config.replace(seed=number), place, resume=resume, anew=force, **shared))
+            found.append(go(one, place, resume=resume, anew=force, **shared))
         except KeyboardInterrupt as stop:  # which typer would end without a word
             raise typer.Abort(*stop.args) from stop
     if as_json:
@@ -126,10 +132,20 @@ def finetune(
         print_view(_view(found, folder))
 
 
-def _announce(config: FinetuneConfig, folder: Path, seed: int) -> None:
-    sys.stderr.write(
-        f"{folder}: {config.epochs} epochs of {config.data.source}, {config.batch} texts a step, seed {seed}\n"
-    )
+def _announce(config: FinetuneConfig, folder: Path, steps: int) -> None:
+    sys.stderr.write(f"{folder}: {steps} steps of {config.batch} texts of {config.data.source}, seed {config.seed}\n")
+
+
+def _refuse_another_kind(folder: Path, seeds: int) -> None:
+    """Raise ValueError where a folder of runs, one a seed, would become one of a run, or the other way round."""
+    inner = sorted(path.parent.name for path in folder.glob("seed-*/config.json"))
+    if seeds == 1 and inner:
+        raise ValueError(
+            f"{folder} holds a run for each of several seeds ({', '.join(inner)}). Give --seeds 2 or more, or another "
+            "--run."
+        )
+    if seeds > 1 and (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds one run, and {seeds} seeds need a folder of theirs. Give another --run.")
 
 
 def _fresh(checkpoint: Path, texts: str) -> Path:

@@ -181,9 +181,10 @@ def _set_aside(train: Examples, asked: Labelled, what: str, number: int) -> tupl
     _, first, group = np.unique(np.array(train.texts, dtype=object), return_index=True, return_inverse=True)
     chosen = _drawn(train.labels[first], asked.held_out, (asked.split_seed, number))
     if not chosen.any() or chosen.all():
+        distinct = f" ({len(first):,} distinct texts)" if len(first) < len(train) else ""
         raise ValueError(
-            f"{train.rows}, are too few to set a share of {asked.held_out} aside for {what}. Give more rows, or a file "
-            f"of {'validation' if number else 'test'}."
+            f"{train.rows}{distinct}, are too few to set a share of {asked.held_out} aside for {what}. Give more "
+            f"{'distinct texts' if distinct else 'rows'}, or a file of {'validation' if number else 'test'}."
         )
     aside = chosen[group]
     said = f"{aside.sum():,} rows set aside from {train.rows.split(',')[0]}, by class (split seed {asked.split_seed})"

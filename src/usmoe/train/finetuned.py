@@ -1,4 +1,12 @@
-"""From the checkpoint of a language model to a classifier, and a classifier read back from its run."""
+"""From the checkpoint of a language model to a classifier, and a classifier read back from its run.
+
+    tuned = load_classifier(Path("usmoe-runs/sst2"))    # a run of usmoe finetune; of several seeds .../seed-0
+    likely = tuned.probabilities(["a warm , funny film", "dull"])    # (2, C)
+    [tuned.classes[place] for place in likely.argmax(1)]    # ["positive", "negative"]
+
+Under a router whose promises are not batch_independent a text's class depends on the texts beside it in a batch (32 of
+them, `FinetuneConfig.evaluation_batch`); `usmoe finetune` says so.
+"""
 
 from __future__ import annotations
 
