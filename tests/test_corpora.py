@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from usmoe.data import array, hub
 from usmoe.data import prepare as prepare_module
 from usmoe.data import vocabulary as vocabularies
 from usmoe.data.corpus import Corpus
-from usmoe.data.prepare import prepare
+from usmoe.data.prepare import prepare, prepared_before
 from usmoe.data.sources import find_source
 from usmoe.data.text import FilePart, Text, between_words, cut, decoded, of_length
 from usmoe.data.vocabulary import Bytes, Characters, Words, digest, learn, load, save
@@ -481,6 +482,36 @@ def test_a_failed_download_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.glob("lm1b*"))
 
 
+def test_an_archive_that_is_not_reached_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where there is no way to it, datasets says its URL and nothing else."""
+    datasets = pytest.importorskip("datasets")
+
+    def download(_, place: str) -> str:
+        raise FileNotFoundError(place)
+
+    monkeypatch.setattr(datasets.DownloadManager, "download", download)
+    with pytest.raises(
+        ValueError, match=r"cannot be had from http://mattmahoney.net/dc/text8.zip: it is not there, or"
+    ):
+        prepare(Corpus(source="text8"), tmp_path)
+
+
+def test_what_was_prepared_is_found_again_by_its_digest_alone(tmp_path: Path):
+    corpus = at(folder(tmp_path / "mine"), level="word")
+    made = prepare(corpus, tmp_path / "cache")
+    prepare(at(folder(tmp_path / "other", {**ABC, "test": "other"}), level="word"), tmp_path / "cache")
+    shutil.rmtree(tmp_path / "mine")
+    found = prepared_before(corpus, tmp_path / "cache", made.digest)
+    assert found is not None
+    assert (found.folder, found.digest, found.vocabulary) == (made.folder, made.digest, made.vocabulary)
+    assert found.test.tolist() == made.test.tolist()
+    assert prepared_before(corpus, tmp_path / "cache", "0" * 12) is None
+    assert prepared_before(corpus, tmp_path / "none", made.digest) is None
+    (made.folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        prepared_before(corpus, tmp_path / "cache", made.digest)
+
+
 def test_a_named_corpus_is_found_by_manifest_then_by_name(tmp_path: Path):
     folder(tmp_path / "wiki" / "enwik8", {**ABC, "test": "by manifest"})
     folder(tmp_path / "wiki" / "later", {**ABC, "test": "inner"})
@@ -529,14 +560,14 @@ def test_lists_of_json_make_the_same_corpus():
     ("settings", "said"),
     [
         ({"source": ""}, r"The source is empty\. Give enwik8, text8, wikitext103, lm1b"),
-        ({"level": "letter"}, r"level='letter' is unknown\. Choose byte, char, word, bpe"),
+        ({"level": "letter"}, r"level='letter' is not possible\. Give one of byte, char, word, bpe"),
         ({"level": "bpe"}, r"vocabulary_size=None makes no BPE: it needs 258 tokens at least"),
         ({"level": "bpe", "vocabulary_size": 257}, r"vocabulary_size=257 makes no BPE"),
         ({"level": "char", "vocabulary_size": 50}, r"vocabulary_size=50 means nothing at the level 'char'"),
         ({"level": "word", "vocabulary_size": 3}, r"vocabulary_size=3 leaves room for no word"),
         ({"split": (0.5, 0.5)}, r"split=\(0\.5, 0\.5\) leaves a split empty"),
         ({"split": (0, 0.1)}, r"leaves a split empty"),
-        ({"corrupt_mode": "swap"}, r"corrupt_mode='swap' is unknown\. Choose replace or insert"),
+        ({"corrupt_mode": "swap"}, r"corrupt_mode='swap' is not possible\. Give one of replace, insert"),
         ({"corrupt_rate": 1.5}, r"corrupt_rate=1\.5 is no share of words"),
         ({"corrupt_splits": ("dev",)}, r"names dev\. Choose from train, validation, test"),
         ({"corrupt_splits": (), "corrupt_mode": "insert"}, r"names no split"),

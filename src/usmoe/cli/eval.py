@@ -209,7 +209,7 @@ def _of_run(folder: Path, page: Path | None, as_json: bool, said: dict[str, Any]
     from usmoe.reproduce.view import as_markdown
 
     figures = figures_of_run(folder, **said)
-    view = view_of(figures, folder)
+    view = view_of(figures, folder, said["dtype"])
     if page is not None:
         page.write_text(as_markdown(view), encoding="utf-8")
     if as_json:

@@ -64,7 +64,7 @@ def figures_of_run(
     from usmoe.train.figures import Serving
     from usmoe.train.folder import load_run
 
-    _refuse_what_is_no_run(folder)
+    learned = _text_of(folder)
     _refuse_dtype(dtype)
     files = [one for one in routers if one.endswith(".json")]
     if files:
@@ -73,12 +73,13 @@ def figures_of_run(
     trained = load_run(folder, device=device)
     _refuse_k(trained, k)
     setting = _setting(trained.config.evaluation, tokens, segment, memory)
+    _refuse_split(split)
     served = [Serving(how="threshold"), Serving(how="prefix")]
     wanted = {split} if text is None else set()
     if k is not None:
         served.append(Serving(how="threshold", k=k, calibrated=True))
         wanted.add("validation")
-    given = _corpus(folder, trained, cache, data, offline, sorted(wanted)) if wanted else None
+    given = _corpus(folder, trained, learned, cache, data, offline) if wanted else None
     with _precision(device, dtype):
         return evaluate_model(
             trained,
@@ -93,8 +94,10 @@ def figures_of_run(
         )
 
 
-def _refuse_what_is_no_run(folder: Path) -> None:
-    """Raises ValueError, naming the file, for a run of `usmoe finetune`, and for one that is not whole."""
+def _text_of(folder: Path) -> str | None:
+    """The digest of the prepared text that a run was trained on; None where an earlier version wrote none.
+
+    Raises ValueError, naming the file, for a run of `usmoe finetune`, and for one that is not whole."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing, without which {folder} is no run. Give the folder of a whole one.")
@@ -114,6 +117,7 @@ def _refuse_what_is_no_run(folder: Path) -> None:
             f"{folder / 'vocabulary.json'} is missing, without which no text can be read. Put it back, or give another "
             "run."
         )
+    return said.get("text")
 
 
 def _refuse_dtype(dtype: str) -> None:
@@ -138,36 +142,39 @@ def _setting(own: Evaluation, tokens: int | None, segment: int | None, memory: i
     )
 
 
+def _refuse_split(split: str) -> None:
+    from usmoe.data.corpus import SPLITS
+
+    if split not in SPLITS:
+        raise ValueError(f"There is no split {split!r}. Choose from {', '.join(SPLITS)}.")
+
+
 def _corpus(
-    folder: Path, trained: Trained, cache: Path, data: Path | None, offline: bool, splits: Sequence[str]
+    folder: Path, trained: Trained, learned: str | None, cache: Path, data: Path | None, offline: bool
 ) -> Prepared:
     """The run's own corpus, as training prepared it; made again only where it is not in the cache.
 
-    Raises ValueError where it is not to be had, and where it is not the text that the run was trained on."""
-    from usmoe.data.corpus import SPLITS
+    Raises ValueError where it is not to be had, and where its vocabulary is another one than the run's."""
     from usmoe.data.prepare import prepare, prepared_before
 
     own = trained.config.corpus
-    unknown = [split for split in splits if split not in SPLITS]
-    if unknown:
-        raise ValueError(f"There is no split {unknown[0]!r}. Choose from {', '.join(SPLITS)}.")
-    if data is None and own.name:
-        found = prepared_before(own, cache, trained.vocabulary)
-        if found is not None:
-            return found
-    if data is None and not own.name and not Path(own.source).exists():
+    found = None if data is not None or learned is None else prepared_before(own, cache, learned)
+    if found is None:
+        if data is None and not own.name and not Path(own.source).exists():
+            raise ValueError(
+                f"What {folder} was trained on, {own.source}, is not here, and not in {cache} as it was prepared. Give "
+                "the folder that holds it (--data DIR), the cache of the training (--cache DIR), or another text "
+                "(--text FILE)."
+            )
+        found = prepare(own, cache, data=data, offline=offline)
+    if found.vocabulary != trained.vocabulary:
         raise ValueError(
-            f"The text of {folder}, {own.source}, is not here, and only its files can say whether what lies in {cache} "
-            "is made of it. Go to where they are, give the folder that holds them (--data DIR), or another text "
-            "(--text FILE)."
-        )
-    made = prepare(own, cache, data=data, offline=offline)
-    if made.vocabulary != trained.vocabulary:
-        raise ValueError(
-            f"{made.source}: its vocabulary is not that of {folder}, so that it is not the text that the run was "
+            f"{found.source}: its vocabulary is not that of {folder}, so that it is not the text that the run was "
             "trained on. Give that one (--data DIR), or read this one as another text (--text FILE)."
         )
-    return made
+    if learned is not None and found.digest != learned:
+        sys.stderr.write(f"{found.source}: not the very text that {folder} was trained on. The figures are of this.\n")
+    return found
 
 
 def _tokens_of(text: Path | None, trained: Trained) -> Tokens:
@@ -191,7 +198,7 @@ def _precision(device: str, dtype: str) -> contextlib.AbstractContextManager[Any
     return contextlib.nullcontext() if dtype == "float32" else torch.autocast(kind, DTYPES[dtype])
 
 
-def view_of(figures: Figures, folder: Path) -> View:
+def view_of(figures: Figures, folder: Path, dtype: str = "float32") -> View:
     """A table: one row a way to read the text."""
     unit = {"character": "bits a character", "byte": "bits a byte", "word": "perplexity a word"}[figures.unit]
     rows = [_row("teacher-forced", figures, figures.forced), _honest_row("honest", figures, figures.honest)]
@@ -201,7 +208,11 @@ def view_of(figures: Figures, folder: Path) -> View:
     rows += [_row(f"served by {name}", figures, one) for name, one in figures.served.items()]
     for name, read in figures.under.items():
         rows += [_row(name, figures, read.forced), _honest_row(f"{name}, honest", figures, read.honest)]
-    says = [f"{figures.tokens:,} tokens; {', '.join(figures.routers) or 'dense'}; step {figures.step} of {folder}."]
+    setting = figures.setting
+    says = [
+        f"{figures.tokens:,} tokens; {', '.join(figures.routers) or 'dense'}; step {figures.step} of {folder}.",
+        f"Read in segments of {setting.segment} after {setting.memory} remembered tokens, in {dtype}.",
+    ]
     sampled = max(one.positions for one in (figures.honest, *(read.honest for read in figures.under.values())))
     if sampled:
         says.append(f"Honest: each token from those before it alone, {sampled} positions.")

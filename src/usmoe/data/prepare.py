@@ -128,47 +128,16 @@ def prepare(
     return _read(folder, corpus, digest)
 
 
-def prepared_before(
-    corpus: Corpus, cache: Path, vocabulary: Vocabulary, splits: Sequence[str] | None = None
-) -> Prepared | None:
-    """What lies in `cache` of a corpus, by that vocabulary, wherever its text was and is; None where nothing does.
+def prepared_before(corpus: Corpus, cache: Path, digest: str) -> Prepared | None:
+    """What was prepared of a corpus and has that `Prepared.digest`, wherever its text was and is; None where it does
+    not lie in `cache`. Nothing is downloaded, and no file of the text is read.
 
-    A run of `usmoe train` knows its corpus and its vocabulary, and not whether the text came from the hub or a folder:
-    it is found by those two.
-
-    splits  that are wanted; None: all three
-
-    Raises ValueError where copies of different text lie there, since nothing says which is meant, and where what lies
-    there is damaged.
+    Raises ValueError where what lies there is damaged.
     """
-    asked = json.loads(json.dumps(dataclasses.asdict(corpus)))
-    wanted = set(SPLITS if splits is None else splits)
-    found: dict[str, Prepared] = {}
-    for path in sorted(cache.glob("[!.]*-*/manifest.json")):
-        said = _manifest(path)
-        if said.get("corpus") != asked or not wanted <= set(said.get("splits", ())):
-            continue
-        one = _read(path.parent, corpus, path.parent.name.rpartition("-")[2])
-        if one.vocabulary == vocabulary:
-            found.setdefault(json.dumps(said["text"], sort_keys=True), one)
-    if len(found) > 1:
-        places = " and ".join(one.folder.name for one in found.values())
-        raise ValueError(
-            f"{cache} holds {corpus.source} of different texts, {places}, and nothing says which is meant. Give the "
-            "folder of the one (--data DIR)."
-        )
-    return next(iter(found.values()), None)
-
-
-def _manifest(path: Path) -> Mapping[str, Any]:
-    """Raises ValueError, naming the folder, where it cannot be read."""
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(said, dict):
-            raise ValueError("its manifest is no table")
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path.parent} is damaged: {error}. Delete it, and it is prepared anew.") from error
-    return said
+    for folder in sorted(cache.glob("[!.]*")):
+        if folder.is_dir() and folder.name.rpartition("-")[2] == digest:
+            return _read(folder, corpus, digest)
+    return None
 
 
 def _of_vocabulary(corpus: Corpus, vocabulary: Vocabulary | None) -> Corpus:
