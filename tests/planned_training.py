@@ -1,0 +1,18 @@
+"""A plan of an experiment on training, without its texts: what the tests of plans and of tables share."""
+
+from __future__ import annotations
+
+import pytest
+
+from usmoe.reproduce import Asked, find
+from usmoe.reproduce.training.plan import Plan, plan
+
+
+def planned(name: str, **asked) -> Plan:
+    """A plan without looking for texts."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("usmoe.data.sources.find_source", lambda corpus, data: None)
+    try:
+        return plan(find(name), Asked(**asked))
+    finally:
+        patch.undo()
