@@ -174,11 +174,15 @@ def test_short_splits():
     model = tiny(TokenChoice(k=2))
     three = text(3)
     by_hand = whole(model, three)
-    for setting in (Evaluation(segment=128, memory=896), Evaluation(batch=1, segment=512, memory=896), Evaluation(batch=1, segment=2, memory=896)):
+    for setting in (
+        Evaluation(segment=128, memory=896),
+        Evaluation(batch=1, segment=512, memory=896),
+        Evaluation(batch=1, segment=2, memory=896),
+    ):
         assert teacher_forced(model, three, setting).tokens == 2
-    assert_close(teacher_forced(model, three, Evaluation(batch=1, segment=128)).nats, by_hand)
+    assert_close(teacher_forced(model, three, Evaluation(batch=1, segment=128, memory=896)).nats, by_hand)
     two_streams = whole(model, three[:2]) + whole(model, three[1:])
-    assert_close(teacher_forced(model, three, Evaluation(batch=10, segment=128)).nats, two_streams)
+    assert_close(teacher_forced(model, three, Evaluation(batch=10, segment=128, memory=896)).nats, two_streams)
     with pytest.raises(ValueError, match="has 1 tokens to read"):
         teacher_forced(model, text(1), Evaluation(segment=128, memory=896))
     with pytest.raises(ValueError, match="has 1 tokens to read"):
@@ -205,7 +209,7 @@ def test_a_likelihood_that_is_no_number_is_refused_and_the_mode_restored():
     with torch.no_grad():
         model.words.vectors[7] = math.nan
     with pytest.raises(ValueError, match="no finite number"):
-        teacher_forced(model, text(40), Evaluation(batch=2, segment=8))
+        teacher_forced(model, text(40), Evaluation(batch=2, segment=8, memory=896))
     assert all(module.training for module in model.modules())
 
 
@@ -234,7 +238,7 @@ def test_training_goes_on_after_an_evaluation():
 def test_an_adaptive_softmax_meets_no_padding():
     model, tokens = tiny(TokenChoice(k=2), cutoffs=(10, 20)), text(6)
     by_hand = [nats for stream in streams(tokens, 2) for nats in whole(model, stream)]
-    assert_close(teacher_forced(model, tokens, Evaluation(batch=2, segment=8)).nats, by_hand)
+    assert_close(teacher_forced(model, tokens, Evaluation(batch=2, segment=8, memory=896)).nats, by_hand)
 
 
 # ---------------------------------------------------------------------------------------------- honest
@@ -310,7 +314,7 @@ def test_a_layer_that_routes_by_its_moving_average_is_honest_as_it_is():
 
 
 def test_honest_refuses_the_figure_of_another_text_and_no_sample():
-    model, setting = tiny(USMoE(k=1.5)), Evaluation(batch=2, segment=5)
+    model, setting = tiny(USMoE(k=1.5)), Evaluation(batch=2, segment=5, memory=896)
     forced = teacher_forced(model, text(30), setting)
     with pytest.raises(ValueError, match="is of 29 tokens, and these are 39"):
         honest(model, text(40), setting, forced, 10)

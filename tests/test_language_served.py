@@ -62,11 +62,13 @@ def test_everything_is_restored_bit_for_bit_also_after_an_error(how, tracked):
     model = trained(USMoE(k=1.5)) if tracked else tiny(USMoE(k=1.5))
     model.train()
     before = state(model)
-    given = {"calibration": text(40), "setting": Evaluation(batch=2, segment=5)} if how == "calibrated" else {}
+    given = (
+        {"calibration": text(40), "setting": Evaluation(batch=2, segment=5, memory=896)} if how == "calibrated" else {}
+    )
 
     def interrupted() -> None:
         with served(model, "threshold" if how == "calibrated" else how, **given):
-            teacher_forced(model, text(30), Evaluation(batch=2, segment=5))
+            teacher_forced(model, text(30), Evaluation(batch=2, segment=5, memory=896))
             raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
@@ -246,7 +248,9 @@ def test_what_there_is_no_figure_of_has_a_reason():
 
 def test_an_interval_that_is_no_number_survives_json():
     model = tiny(USMoE(k=1.5))
-    found = evaluate_model(as_trained(model), text(63), Evaluation(batch=4, segment=5), positions=1, served=())
+    found = evaluate_model(
+        as_trained(model), text(63), Evaluation(batch=4, segment=5, memory=896), positions=1, served=()
+    )
     again = Figures.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
     assert math.isnan(found.honest.interval)
     assert math.isnan(again.honest.interval)
@@ -254,7 +258,7 @@ def test_an_interval_that_is_no_number_survives_json():
 
 def test_units_of_words_and_of_bpe():
     words = Words(("<eos>", "<unk>", "AAA", *(f"w{number}" for number in range(V - 3))))
-    model, setting = tiny(TokenChoice(k=2)), Evaluation(batch=2, segment=8)
+    model, setting = tiny(TokenChoice(k=2)), Evaluation(batch=2, segment=8, memory=896)
     found = evaluate_model(as_trained(model, words), text(40), setting)
     assert found.unit == "word"
     assert found.stated(found.forced.nats) == pytest.approx(math.exp(found.forced.nats))
