@@ -46,6 +46,10 @@ def train(
             help="A row of the paper's tables: usmoe, token_choice, xmoe, stablemoe; docs/training.md has all."
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Its kind and size by name: transformer-xl-small, decoder-small, ...-base, ...-large."),
+    ] = None,
     router: Annotated[str | None, typer.Option(help='Such as "usmoe(k=1.5)", or module:name of your own.')] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
     level: Annotated[str | None, typer.Option(help="Of a text: byte, char, word or bpe.")] = None,
@@ -104,6 +108,7 @@ def train(
     chosen = _changed(
         chosen,
         method=method,
+        model=model,
         top={"steps": steps, "seed": seed},
         corpus={
             "level": level,
@@ -178,6 +183,7 @@ def _changed(
     config: TrainConfig,
     *,
     method: str | None,
+    model: str | None,
     top: Mapping[str, Any],
     corpus: Mapping[str, Any],
     router: str | None,
@@ -191,6 +197,8 @@ def _changed(
     if method is not None:
         config = method_of(method).apply(config)
     said = config.to_dict()
+    if model is not None:
+        said["model"] = {"like": model, **{name: said["model"][name] for name in ("router", "gate", "moving")}}
     said |= {name: value for name, value in top.items() if value is not None}
     said["corpus"] |= {name: value for name, value in corpus.items() if value is not None}
     if router is not None:
@@ -212,6 +220,8 @@ def _set(said: dict[str, Any], one: str) -> str:
     if not equals:
         raise typer.BadParameter(f"--set {one} sets nothing. Write --set lr=1e-3, or --set model.layers=6")
     *tables, field = [part.strip() for part in name.split(".")]
+    if name.strip() == "model.like":
+        raise typer.BadParameter(f"--set {one} would change nothing. Write --model {text.strip()}")
     inner = said
     for table in tables:
         if table not in ("corpus", "model", "evaluation") or inner is not said:
