@@ -51,17 +51,17 @@ def test_a_text_is_learned_and_evaluated(train, tmp_path):
     said = json.loads(train("--router", "usmoe(k=1.5)", "--json"))
     assert [row["step"] for row in said["evaluations"]] == [3, 6]
     assert said["unit"] == "character"
-    figures = json.loads(usmoe("eval", tmp_path / "run", "--positions", 5, "--tokens", 300, "--serve-k", 1, "--json"))
+    run = ("eval", tmp_path / "run", "--positions", 5)
+    cache = ("--cache", tmp_path / ".corpora")
+    figures = json.loads(usmoe(*run, *cache, "--tokens", 300, "--serve-k", 1, "--json"))
     assert figures["routers"] == ["usmoe(k=1.5)"]
     assert set(figures["served"]) == {"threshold", "prefix", "threshold k=1 calibrated"}
     assert figures["tokens"] == 299
     assert figures["honest"]["positions"] == 5
-    shown = usmoe("eval", tmp_path / "run", "--positions", 5, "--text", CALIBRATION, "--tokens", 200)
+    shown = usmoe(*run, "--text", CALIBRATION, "--tokens", 200)
     assert "teacher-forced" in shown
     assert "served by prefix" in shown
-    other = json.loads(
-        usmoe("eval", tmp_path / "run", "--split", "validation", "--tokens", 300, "--positions", 5, "--json")
-    )
+    other = json.loads(usmoe(*run, *cache, "--split", "validation", "--tokens", 300, "--json"))
     assert other["forced"]["nats"] != figures["forced"]["nats"]
 
 
