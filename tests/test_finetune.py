@@ -237,6 +237,7 @@ def test_the_command_refuses_in_one_line(command, checkpoint: Path, keyword: Pat
         ((checkpoint, "sst22"), "Did you mean sst2?", 1),
         ((tmp_path, keyword), "holds no run of usmoe train", 1),
         ((checkpoint, keyword, "--router", "usmoe(k=9)"), "k=9", 1),
+        ((checkpoint, keyword, "--device", "cuda:99"), "There is no cuda:99", 1),
         ((checkpoint, keyword, "--resume"), "Say which: --run FOLDER", 2),
         ((checkpoint, keyword, "-o", "x", "--resume", "--force"), "Give one of them", 2),
     ):

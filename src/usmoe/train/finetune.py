@@ -36,6 +36,7 @@ from usmoe.train.finetuned import (
     start_of,
 )
 from usmoe.train.folder import SCHEMA, RunFolder
+from usmoe.train.loop import place_of
 from usmoe.train.scored import Scored
 from usmoe.train.stop import Stopped, stoppable
 from usmoe.train.texts import Texts
@@ -79,12 +80,13 @@ def finetune(
     """
     run = RunFolder(Path(folder))
     refuse_what_is_there(run.path, going_on=resume or anew)
+    place = place_of(device)
     start, said = start_of(Path(checkpoint), which)
     task = classification(config.data, data, offline=offline)
     config = resolved(config, start, device)
     with torch.random.fork_rng(), stoppable() as stop:
         torch.manual_seed(config.seed)
-        model = classifier_of(config, start, len(task.classes)).to(device)
+        model = classifier_of(config, start, len(task.classes)).to(place)
         texts = {name: _texts(getattr(task, name), start.vocabulary, config) for name in PARTS}
         with run.locked():
             if run.begun and anew:
