@@ -291,7 +291,7 @@ def test_a_reading_costs_the_memory_that_was_there():
     ("changes", "sentence"),
     [
         ({"heads": 3}, "does not divide into 3 heads"),
-        ({"position": "absolute"}, "Known: relative, rotary"),
+        ({"position": "absolute"}, "one of relative, rotary"),
         ({"dropout": 1.0}, "no share"),
         ({"cutoffs": (5, 3)}, "do not ascend"),
         ({"cutoffs": (5, 11)}, "leave nothing"),

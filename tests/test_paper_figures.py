@@ -14,7 +14,9 @@ MODELS = [one.paper for one in CHECKPOINTS.values()]
 KINDS = {kind: sum(one == kind for one, _ in TASKS.values()) for kind, _ in TASKS.values()}
 
 
-def cell(table: str, model: str | None, setting: str, kind: str | None, column: str, dataset: str | None = None) -> float:
+def cell(
+    table: str, model: str | None, setting: str, kind: str | None, column: str, dataset: str | None = None
+) -> float:
     (row,) = (
         row
         for row in paper_figures(table).rows

@@ -181,6 +181,8 @@ def _of_rows(memory: Memory | None, rows: Int[Tensor, " R"]) -> Memory | None:
     return Memory(
         layers=tuple(layer[rows] for layer in memory.layers),
         routers=tuple(None if state is None else state.select(rows) for state in memory.routers),
+        valid=None if memory.valid is None else memory.valid[rows],
+        segment=None if memory.segment is None else memory.segment[rows],
     )
 
 
