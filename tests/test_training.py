@@ -118,8 +118,10 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, method: str):
         kills += process.returncode == -signal.SIGKILL
     assert kills
     assert not (run / "last.safetensors").exists()
+    (run / ".checkpoint.pt.1.part").write_bytes(b"half")  # as a kill while it was written leaves it
     assert_equal(whole, trained(config, run, resume=True))
     assert lines(tmp_path / "whole") == lines(run)
+    assert not list(run.glob(".*.part"))
 
 
 def test_ctrl_c_ends_the_step_and_says_how_to_go_on(tmp_path, monkeypatch):

@@ -17,6 +17,8 @@ def whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

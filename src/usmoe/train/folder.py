@@ -78,6 +78,8 @@ class RunFolder:
                 raise ValueError(
                     f"Another process trains in {self.path}. Wait for it, or give another --run."
                 ) from error
+            for left in self.path.glob(".*.part"):  # of a process that was killed while it wrote
+                left.unlink()
             try:
                 yield
             finally:
