@@ -91,13 +91,7 @@ class HubPart:
                 split=self.split,
             )
         except Exception as error:  # a network, a hub and a format of files have too many kinds of failure to name
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            if reason == there.place:  # all that datasets says where an archive is not reached
-                reason = "it is not there, or there is no way to it"
-            raise ValueError(
-                f"{self.corpus} cannot be had from {there.place}: {reason}. Get a connection, or give a folder that "
-                "holds it (--data DIR)."
-            ) from error
+            raise not_to_be_had(self.corpus, there.place, error) from error
         for batch in rows.iter(batch_size=1000):  # pyright: ignore[reportAttributeAccessIssue]
             yield joined(batch["text"])  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
 
@@ -105,6 +99,16 @@ class HubPart:
 def hub_parts(corpus: str) -> dict[str, tuple[Part, ...]]:
     """Each split of a named corpus, or its "whole", not yet downloaded."""
     return {split: (HubPart(corpus, split),) for split in PUBLISHED[corpus].splits or ("whole",)}
+
+
+def not_to_be_had(name: str, place: str, error: Exception) -> ValueError:
+    """What to say where a named set could not be downloaded, or not be read."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if reason == place:  # all that datasets says where an archive is not reached
+        reason = "it is not there, or there is no way to it"
+    return ValueError(
+        f"{name} cannot be had from {place}: {reason}. Get a connection, or give a folder that holds it (--data DIR)."
+    )
 
 
 def announce(corpus: str) -> None:

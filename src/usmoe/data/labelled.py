@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usmoe.data import local
+from usmoe.data.hub import not_to_be_had
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -156,11 +157,7 @@ def _from_hub(source: str, offline: bool) -> dict[str, tuple[str, Dataset]]:
                 print(f"{source}: {name} from the hub, about {NAMED[source].size} at first.", file=sys.stderr)  # noqa: T201
             whole: Any = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # a network, a hub and a format of files have too many kinds of failure to name
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"{source} cannot be had from {name}: {reason}. Get a connection, or give a folder that holds it "
-            "(--data DIR)."
-        ) from error
+        raise not_to_be_had(source, name, error) from error
     return {split: (f"{name} ({split})", rows) for split, rows in whole.items()}
 
 

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from usmoe.hf.calibrate import evaluating
 from usmoe.hf.patch import patch, patch_of, patched
 from usmoe.hf.wrapped import unwrapped
+from usmoe.layers.mode import evaluating
 from usmoe.routing import OwnChoice
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from usmoe.hf.layers import Layer
 from usmoe.hf.patch import listening, one_for_each, patch_of, patched, supported_layers
 from usmoe.hf.wrapped import unwrapped
+from usmoe.layers.mode import evaluating
 from usmoe.layers.spending import ranking_scores as ranking
 from usmoe.layers.spending import spending_threshold
 from usmoe.routing import ExpertChoice, OwnChoice, USMoE
@@ -126,18 +127,6 @@ def run(model: PreTrainedModel, batch: Batch) -> Any:
     given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
     device = unwrapped(model).device
     return model(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()})
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Every module in evaluation mode; then each as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def threshold(router: USMoE | ExpertChoice, layer: Layer, scores: Float[Tensor, "S E"]) -> float | tuple[float, ...]:

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from usmoe.hf.calibrate import Batch, calibrate, checked, evaluating, ranking_scores, run, threshold
+from usmoe.hf.calibrate import Batch, calibrate, checked, ranking_scores, run, threshold
 from usmoe.hf.layers import Layer
 from usmoe.hf.patch import patched, supported_layers
+from usmoe.layers.mode import evaluating
 from usmoe.routing import USMoE
 from usmoe.routing.router import Experts, experts_per_token
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from usmoe.data.batches import Batch, Tokens, evaluation
-from usmoe.layers import MoE
+from usmoe.layers import MoE, mode
 from usmoe.layers.threshold_form import moving_threshold, threshold_form
 from usmoe.models.language import LanguageModel, LanguageOutput, Memory
 from usmoe.train.config import Evaluation
@@ -126,14 +126,8 @@ def evaluating(model: LanguageModel, routers: Any = None) -> Iterator[None]:
     was.
 
     Raises ValueError, and changes nothing, where the number differs or a router cannot work here."""
-    training = [module for module in model.modules() if module.training]
-    with rerouted(model, routers):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with rerouted(model, routers), mode.evaluating(model):
+        yield
 
 
 @contextlib.contextmanager
