@@ -15,6 +15,7 @@ pytest.importorskip("accelerate", reason="the extra usmoe[train]")
 
 from tiny_finetuning import TINY, config_of, keyword_csv, pretrained, sentences, texts_of
 from usmoe.data.vocabulary import Characters, learn
+from usmoe.layers.pooling import Pooling
 from usmoe.models.config import MODELS
 from usmoe.models.language import LanguageModel
 from usmoe.train.agreement import accuracy, agreement, confusion, macro_f1
@@ -53,13 +54,16 @@ def classifier(router: str = "usmoe(k=2)", classes: int = 3, **changes: Any) -> 
 
 
 @pytest.mark.parametrize("name", ["transformer-xl-small", "decoder-small"])
-def test_the_head_reads_the_last_real_token(name: str):
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_the_head_reads_the_last_real_token_or_the_mean_of_all(name: str, pooling: Pooling):
     model = classifier(position=MODELS[name].position)
+    model.pooling = pooling
     texts = texts_of("a", "a longer one", "mid")
     batch = texts.batch(np.arange(3))
     logits = model(batch.tokens, batch.valid).logits
     for row, tokens in enumerate(texts.tokens):
-        alone = model.body(torch.from_numpy(tokens.astype(np.int64))[None]).hidden[0, -1]
+        alone = model.body(torch.from_numpy(tokens.astype(np.int64))[None]).hidden[0]
+        alone = alone[-1] if pooling == "last" else alone.mean(0)
         weight, bias, out, shift = model.head.parameters()
         by_hand = torch.tanh(alone @ weight.T + bias) @ out.T + shift
         torch.testing.assert_close(logits[row], by_hand, rtol=1e-4, atol=1e-5)

@@ -192,6 +192,7 @@ def test_the_command_runs_seeds_and_says_which_rows_were_which(
     command, checkpoint: Path, keyword: Path, tmp_path: Path
 ):
     words = (checkpoint, keyword, "-o", tmp_path / "run", "--seeds", "2", "--steps", "4", "--length", "24")
+    words += ("--pooling", "mean")
     status, out, err = command(*words)
     assert status == 0, err
     assert "mean ± deviation" in out
@@ -208,6 +209,7 @@ def test_the_command_runs_seeds_and_says_which_rows_were_which(
         "deviation": pytest.approx(np.std(values, ddof=1)),
     }
     assert [one["config"]["seed"] for one in said["seeds"]] == [0, 1]
+    assert load_classifier(tmp_path / "run" / "seed-1").model.pooling == "mean"
 
 
 def test_a_folder_is_of_one_run_or_of_several_seeds(command, checkpoint: Path, keyword: Path, tmp_path: Path):

@@ -231,6 +231,7 @@ def test_a_loss_that_is_no_number_is_refused(checkpoint: Path, keyword: Path, tm
         ({"clip": -1.0}, "clip=-1.0 is impossible"),
         ({"balance": -1.0}, "balance=-1.0 is impossible"),
         ({"dropout": 1.0}, "dropout=1.0 is no share"),
+        ({"pooling": "first"}, "no pooling 'first'. Known: last, mean, weighted_mean"),
         ({"precision": "half"}, "no precision 'half'. Known: auto, float32, bfloat16"),
         ({"router": "usmo(k=2)"}, "no router 'usmo'"),
     ],

@@ -436,6 +436,9 @@ def test_parts_of_a_step_are_the_whole_step(tmp_path):
     whole, parts = (trained(base.replace(accumulate=n), tmp_path / str(n)) for n in (1, 2))
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=0, atol=2e-4)
+    one, other = ([row["load_cv"] for row in lines(tmp_path / str(n)) if "load_cv" in row] for n in (1, 2))
+    assert one == pytest.approx(other, rel=1e-3)  # the log is of all parts
+    assert one
 
 
 def test_experts_grow_and_a_gate_freezes(tmp_path):

@@ -55,6 +55,9 @@ def finetune(
     ] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient; without it 1.", min=0)] = None,
     dropout: Annotated[float | None, typer.Option(help="In the head; without it 0.1.")] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="Of the states that the head reads: mean, weighted_mean; without it last.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Without it text, sentence, content, ...")] = None,
     label_column: Annotated[str | None, typer.Option(help="Without it label, label_text, category, ...")] = None,
@@ -101,6 +104,7 @@ def finetune(
         "balance": balance,
         "clip": clip,
         "dropout": dropout,
+        "pooling": pooling,
         "precision": precision,
         "data__text_column": text_column,
         "data__label_column": label_column,

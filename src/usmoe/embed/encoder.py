@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from usmoe.embed import similarity
 from usmoe.embed.features import Extractor, Features, chosen_layers, reading_layers
 from usmoe.embed.place import Place
-from usmoe.embed.settings import Combination, Embedding, EncoderSettings, Pooling, RouterFeatures
+from usmoe.embed.settings import Combination, Embedding, EncoderSettings, RouterFeatures
 from usmoe.embed.standardize import Statistics, sample_of
 from usmoe.embed.texts import Reader, longest
 from usmoe.embed.workers import Workers
@@ -24,6 +24,7 @@ from usmoe.hf.identity import text_of
 from usmoe.hf.layers import Layer
 from usmoe.hf.load import load_as_saved, load_tokenizer
 from usmoe.hf.wrapped import unwrapped
+from usmoe.layers.pooling import Pooling
 from usmoe.types import promises_of
 
 if TYPE_CHECKING:

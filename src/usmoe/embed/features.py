@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from usmoe.embed.pooling import POOLINGS
 from usmoe.hf.layers import Layer
 from usmoe.hf.patch import listening, patch_of, supported_layers
 from usmoe.hf.wrapped import unwrapped
+from usmoe.layers.pooling import POOLINGS, Pooling
 from usmoe.types import RouterOutput
 
 
@@ -45,8 +45,8 @@ class Extractor:
     """Runs a model on batches of token ids and pools what comes out."""
 
     model: PreTrainedModel
-    pooling: str
-    """A name in POOLINGS."""
+    pooling: Pooling
+    """Of each text's tokens."""
     hidden: bool
     router: bool
     """What is wanted. For `router` the model must be patched while it runs."""

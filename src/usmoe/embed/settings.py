@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from usmoe.embed.prompts import template_of
+from usmoe.layers.pooling import Pooling
 
 Embedding = Literal["hidden", "router", "moee"]
-Pooling = Literal["last", "mean", "weighted_mean"]
 Combination = Literal["concat", "sum"]
 RouterFeatures = Literal["logits", "probabilities"]
 

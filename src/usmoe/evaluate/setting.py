@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from usmoe.embed.encoder import Combination, Embedding, EncoderSettings, Pooling, RouterFeatures
+from usmoe.embed.encoder import Combination, Embedding, EncoderSettings, RouterFeatures
+from usmoe.layers.pooling import Pooling
 
 
 @dataclass(frozen=True, kw_only=True)

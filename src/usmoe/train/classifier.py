@@ -1,13 +1,13 @@
-"""A language model that classifies texts: its body, and a small head on the last token's state."""
+"""A language model that classifies texts: its body, and a small head on its last state, or on a mean of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from usmoe.layers.pooling import POOLINGS, Pooling
 from usmoe.models.language import LanguageModel
 from usmoe.types import RouterOutput
 
@@ -23,8 +23,9 @@ class Classified:
 
 
 class Classifier(nn.Module):
-    """A body and a head: Linear - Tanh - Dropout - Linear on the state of the last real token, which in a causal model
-    has seen the whole text.
+    """A body and a head: Linear - Tanh - Dropout - Linear on one state of a text (usmoe.layers.pooling). The last real
+    token's is the released code's, which in a causal model has seen the whole text; the mean over the real tokens
+    leaves less for a small body to carry.
 
         classifier = Classifier(load_run(folder).model, classes=2)
         logits = classifier(tokens, valid).logits
@@ -33,19 +34,18 @@ class Classifier(nn.Module):
     what comes after it, and `valid` keeps padding out of the routers' pools.
     """
 
-    def __init__(self, body: LanguageModel, classes: int, dropout: float = 0.1) -> None:
+    def __init__(self, body: LanguageModel, classes: int, dropout: float = 0.1, pooling: Pooling = "last") -> None:
         """Raises ValueError for fewer than two classes."""
         super().__init__()
         if classes < 2:
             raise ValueError(f"{classes} classes leave nothing to tell apart. Give 2 or more.")
         width = body.config.d_model
         self.body = body
+        self.pooling: Pooling = pooling
         self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, classes))
 
     def forward(self, tokens: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"]) -> Classified:
         """Logits of each text. Every row of `valid` begins with a real token and ends with its padding."""
         out = self.body(tokens, valid=valid)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        last = out.hidden[rows, valid.sum(1) - 1]  # (B, D)
-        logits = self.head(last)
+        logits = self.head(POOLINGS[self.pooling](out.hidden, valid.sum(1)))
         return Classified(logits=logits if logits.dtype.itemsize >= 4 else logits.float(), said=out.said)

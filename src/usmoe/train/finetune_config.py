@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from usmoe.data.classification import Labelled
+from usmoe.layers.pooling import Pooling
 from usmoe.models.config import LanguageConfig
 from usmoe.routing.text import parse_router
 from usmoe.train.config import Precision
@@ -41,6 +42,8 @@ class FinetuneConfig:
     """Coefficient of the balance loss; None: as the checkpoint was trained."""
     dropout: float = 0.1
     """In the head; that of the body is its own. The paper states none."""
+    pooling: Pooling = "last"
+    """What of a text the head reads: the last token's state, as the released code does, or a mean over all."""
     precision: Precision = "auto"
     """float32, or bfloat16 by autocast; auto: bfloat16 where it pays (a GPU that has it)."""
     seed: int = 0
@@ -68,6 +71,8 @@ class FinetuneConfig:
             raise ValueError(f"dropout={self.dropout} is no share. Give 0 or more, below 1.")
         if self.precision not in get_args(Precision):
             raise ValueError(f"There is no precision {self.precision!r}. Known: {', '.join(get_args(Precision))}.")
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"There is no pooling {self.pooling!r}. Known: {', '.join(get_args(Pooling))}.")
         if self.router is not None:
             parse_router(self.router)
 

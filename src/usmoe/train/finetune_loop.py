@@ -18,9 +18,10 @@ from usmoe.train.classifier import Classified, Classifier
 from usmoe.train.classify import autocast, classify
 from usmoe.train.finetune_config import FinetuneConfig
 from usmoe.train.folder import RunFolder
-from usmoe.train.log import Log, routed
+from usmoe.train.log import Log
 from usmoe.train.scored import Selected
 from usmoe.train.stop import Stopped, random_states, restore_random_states
+from usmoe.train.tally import Tally
 from usmoe.train.texts import Epochs, TextBatch, Texts
 
 
@@ -100,7 +101,7 @@ class FinetuneLoop:
                 "epoch": self.step / self.epochs.steps,
                 "loss": self.running[0] / self.running[1],
                 "gradient": norm,
-                **routed(out.said),
+                **Tally(out.said).figures,
                 "tokens_per_second": int(batch.valid.sum()) / (time.monotonic() - started),
                 "elapsed": self.spent,
             }

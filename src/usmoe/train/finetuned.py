@@ -94,7 +94,7 @@ def classifier_of(config: FinetuneConfig, start: Trained, classes: int) -> Class
     Of StableMoE the body is in its second stage, whichever the checkpoint was in."""
     assert config.model is not None
     if config.from_scratch:
-        return Classifier(LanguageModel(config.model), classes, config.dropout)
+        return Classifier(LanguageModel(config.model), classes, config.dropout, config.pooling)
     body = start.model
     if config.model.router != start.config.model.router:
         for layer in body.moe_layers:
@@ -103,7 +103,7 @@ def classifier_of(config: FinetuneConfig, start: Trained, classes: int) -> Class
     for layer in body.moe_layers:
         if hasattr(layer.gate, "freeze"):
             layer.gate.freeze()  # pyright: ignore[reportCallIssue]
-    return Classifier(body, classes, config.dropout)
+    return Classifier(body, classes, config.dropout, config.pooling)
 
 
 def is_finetuned(folder: Path) -> bool:
@@ -132,7 +132,7 @@ def load_classifier(folder: Path, *, device: str = "cpu") -> FineTuned:
     said = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
     config, classes = FinetuneConfig.from_dict(said["config"]), tuple(said["task"]["classes"])
     assert config.model is not None
-    model = Classifier(LanguageModel(config.model), len(classes), config.dropout)
+    model = Classifier(LanguageModel(config.model), len(classes), config.dropout, config.pooling)
     read_weights(model, path)
     vocabulary = vocabularies.load(run.vocabulary)
     return FineTuned(model=model.to(device).eval(), vocabulary=vocabulary, classes=classes, config=config)

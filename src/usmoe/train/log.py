@@ -4,29 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-
-from usmoe import metrics
-from usmoe.types import RouterOutput
-
-
-def routed(said: Sequence[RouterOutput]) -> dict[str, float]:
-    """Experts a token, share of dropped tokens, and the loads' coefficient of variation: means over the layers of a
-    batch; nothing for a dense model."""
-    if not said:
-        return {}
-    routings = [one.routing for one in said]
-    return {
-        "experts": statistics.fmean(metrics.experts_per_token(one).double().mean().item() for one in routings),
-        "dropped": statistics.fmean(map(metrics.dropped, routings)),
-        "load_cv": statistics.fmean(map(metrics.load_cv, routings)),
-    }
 
 
 class Log:

@@ -21,14 +21,16 @@ from accelerate.utils import gather_object
 from usmoe.data.batches import Batch, Streams, Windows
 from usmoe.data.prepare import Prepared, prepare
 from usmoe.data.units import stated
-from usmoe.models.language import LanguageModel, LanguageOutput, Memory
+from usmoe.models.language import LanguageModel, Memory
 from usmoe.train.config import Precision, TrainConfig
 from usmoe.train.folder import RunFolder
 from usmoe.train.likelihood import teacher_forced
-from usmoe.train.log import Log, routed
+from usmoe.train.log import Log
 from usmoe.train.objective import Learner
 from usmoe.train.optimizers import learning_rate, optimisers_of
 from usmoe.train.stop import Stopped, random_states, restore_random_states, stoppable
+from usmoe.train.tally import Tally
+from usmoe.types import RouterOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +227,7 @@ class _Loop:
         config, started = self.config, time.monotonic()
         self._stage(self.step)
         batch = self.batches.at(self.step)
-        nats, norm, out = self._learn(batch)
+        nats, norm, told = self._learn(batch)
         self.step += 1
         self.running[0] += nats
         self.running[1] += 1
@@ -239,7 +241,7 @@ class _Loop:
                 **self._stated(mean, "train"),
                 "lr": learning_rate(self.step - 1, config),
                 "gradient": norm,
-                **routed(out.said),
+                **Tally(*told).figures,
                 "tokens_per_second": batch.inputs.numel() / (time.monotonic() - started),
                 "elapsed": self.spent,
             }
@@ -248,23 +250,23 @@ class _Loop:
             log.show(row)
         self.due = self.step % config.evaluate_every == 0 or last
 
-    def _learn(self, batch: Batch) -> tuple[float, float, LanguageOutput]:
-        """Gradients of a batch, one step of every optimiser. Nats a token, the gradient's norm, what the last part
-        said. Raises ValueError where either is not finite; the parameters are then as before."""
+    def _learn(self, batch: Batch) -> tuple[float, float, list[tuple[RouterOutput, ...]]]:
+        """Gradients of a batch, one step of every optimiser. Nats a token, the gradient's norm, what the MoE layers
+        said of each part. Raises ValueError where either is not finite; the parameters are then as before."""
         config, accelerator = self.config, self.accelerator
         rate = learning_rate(self.step, config)
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         inputs, targets = (
             part[mine].to(accelerator.device).chunk(config.accumulate) for part in (batch.inputs, batch.targets)
         )
-        nats, out, told = torch.zeros((), device=accelerator.device), None, []
+        nats, told = torch.zeros((), device=accelerator.device), []
         for number, (tokens, goal) in enumerate(zip(inputs, targets, strict=True)):
             memory = None if batch.first else self.memories[number]
             with self._synchronised(number == config.accumulate - 1), accelerator.autocast():
                 said = self.wrapped(tokens, goal, memory)
                 accelerator.backward(said.total / config.accumulate)
-            nats, out, self.memories[number] = nats + said.nats / config.accumulate, said.out, said.out.memory
-            told += said.out.said
+            nats, self.memories[number] = nats + said.nats / config.accumulate, said.out.memory
+            told.append(said.out.said)
         norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip or math.inf)
         mean = accelerator.reduce(nats, "mean").item()  # pyright: ignore[reportAttributeAccessIssue]
         if not (math.isfinite(mean) and math.isfinite(norm.item())):
@@ -275,8 +277,8 @@ class _Loop:
             optimiser.step()
             optimiser.zero_grad(set_to_none=False)  # fresh memory for gradients costs as much as computing them
         if self.learner.sparsity is not None:
-            self.learner.sparsity.update(told)
-        return mean, norm.item(), out  # pyright: ignore[reportReturnType]
+            self.learner.sparsity.update([one for part in told for one in part])
+        return mean, norm.item(), told
 
     def _not_finite(self, nats: float, norm: float) -> str:
         what = f"The loss is {nats}" if not math.isfinite(nats) else f"The gradient's norm is {norm}"

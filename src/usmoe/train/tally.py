@@ -15,10 +15,12 @@ from usmoe.types import RouterOutput
 class Tally:
     """Pairs, dropped tokens and loads of each layer, batch by batch. Padding is left out: a Routing says what it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, *batches: Sequence[RouterOutput]) -> None:
         self._tokens = 0
         self._dropped: Tensor | int = 0
         self._loads: Tensor | int = 0
+        for said in batches:
+            self.count(said)
 
     def count(self, said: Sequence[RouterOutput]) -> None:
         """Count a batch; nothing for a dense model."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+Pooling = Literal["last", "mean", "weighted_mean"]
 
 
 def last(states: Float[Tensor, "B L D"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
@@ -37,5 +40,9 @@ def _weighted(states: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("bld,bl->bd", kept, weights / weights.sum(1, keepdim=True))
 
 
-POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"last": last, "mean": mean, "weighted_mean": weighted_mean}
+POOLINGS: dict[Pooling, Callable[[Tensor, Tensor], Tensor]] = {
+    "last": last,
+    "mean": mean,
+    "weighted_mean": weighted_mean,
+}
 """(states (B, L, D), real tokens of each text (B,), padded on the right) -> (B, D), in float32."""
