@@ -305,7 +305,7 @@ def test_list_begins_each_line_with_the_name_as_typed(command, tmp_path):
     assert {one["name"]: one["run"] for one in json.loads(out)}["table6"][-1:] == ["small"]
 
 
-def test_a_run_is_saved_shown_again_and_not_replaced_by_another(command, tmp_path):
+def test_a_run_is_saved_shown_again_and_another_stands_beside_it(command, tmp_path):
     words = ("table6", "--tasks", "Emotion", "--results", str(tmp_path / "r"))
     status, out, err = command(*words, "--markdown", str(tmp_path / "t.md"))
     assert status == 0, err
@@ -316,12 +316,22 @@ def test_a_run_is_saved_shown_again_and_not_replaced_by_another(command, tmp_pat
     assert (status, again) == (0, out)
     assert "--force runs it again" in err
     assert len(command.fake.calls) == 1
-    status, _, err = command("table6", "--tasks", "BIOSSES", "--results", str(tmp_path / "r"))
+    other = ("table6", "--tasks", "BIOSSES", "--results", str(tmp_path / "r"), "--json")
+    for calls, words in ((2, other), (2, other), (3, (*other, "--force"))):
+        status, out, err = command(*words)
+        assert status == 0, err
+        assert json.loads(out)["plan"]["tasks"] == ["BIOSSES"]
+        assert len(command.fake.calls) == calls
+    first, second = sorted((tmp_path / "r").glob("table6*.json"))
+    assert re.fullmatch(r"table6-small-[0-9a-f]{8}\.json", first.name)
+    assert (second.name, load(second).plan.tasks) == ("table6-small.json", ("EmotionClassification",))
+    second.write_text("{", encoding="utf-8")
+    status, _, err = command(*other)
     assert status == 1
-    assert re.search(r"holds a result of other settings \(tasks, left_out\). Give --force", err)
-    status, out, _ = command("table6", "--tasks", "BIOSSES", "--results", str(tmp_path / "r"), "--force", "--json")
-    assert status == 0
-    assert json.loads(out)["plan"]["tasks"] == ["BIOSSES"]
+    assert "table6-small.json is no result of usmoe reproduce" in err
+    assert second.read_text() == "{"
+    assert command(*other, "--force")[0] == 0
+    assert load(second).plan.tasks == ("BIOSSES",)
 
 
 def test_what_cannot_be_run_is_refused_in_a_sentence(command, tmp_path):

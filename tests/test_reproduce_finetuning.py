@@ -23,7 +23,8 @@ from usmoe.train.scored import Scored, Selected
 def tiny(monkeypatch, tmp_path) -> Path:
     """The tiny scale, its text, and SST-2 in three splits: a text is good or bad by its one adjective."""
     shrink(monkeypatch)
-    for name, value in {"LENGTH": 24, "ROWS": 32, "TEST_ROWS": 12, "SELECTION_ROWS": 8, "EPOCHS": 1}.items():
+    smaller = {"LENGTH": 24, "ROWS": dict.fromkeys(TASKS, 32), "TEST_ROWS": 12, "SELECTION_ROWS": 8, "EPOCHS": 1}
+    for name, value in smaller.items():
         monkeypatch.setattr(study, f"SMALL_{name}", value)
     folder = write_texts(tmp_path / "data")
     (folder / "sst2").mkdir()
@@ -187,7 +188,7 @@ def test_settings_of_the_small_scale_say_that_they_are_others(tmp_path):
     kind = kind_of(find("table16"))
     result = kind.run(kind.plan(find("table16"), Asked()), tmp_path, offline=True, anew=False, done=lambda word: None)
     (view,) = kind.views(result, wide=True)
-    assert view.rows[0] == ("sst2", "128", "16", "0.0005", "3")
+    assert view.rows[0] == ("sst2", "200", "16", "0.0005", "3")
     assert view.rows[1] == ("  paper", "512", "16", "0.0001", "15")
     assert result.plan.settings["imdb"]["data"]["train_rows"] == 2000
     assert dataclasses.replace(result.plan, settings={}).parts == 0

@@ -75,7 +75,7 @@ def reproduce(
     """Run a table or figure of arXiv 2503.22996, and print the paper's figures and ours, with what differs.
 
     A run that was stopped goes on where it was, and tables share what they have in common. A result that is there for
-    the same settings is shown, not run again.
+    the same settings is shown, not run again; one of other settings is written beside it.
 
     Examples: usmoe reproduce --list; usmoe reproduce table5 --data DIR; usmoe reproduce table7 --scale paper;
     usmoe reproduce table14 --data DIR --corpus novels --row usmoe --router "usmoe(k=2, alpha=0.3)"
@@ -88,7 +88,7 @@ def reproduce(
     experiment = find(name, part)
     from usmoe.cli.train import keep_memory
     from usmoe.reproduce.kind import Asked, kind_of
-    from usmoe.reproduce.saved import kept, markdown, save
+    from usmoe.reproduce.saved import load, markdown, place_of, save
 
     kind = kind_of(experiment)
     if plot is not None:
@@ -110,8 +110,8 @@ def reproduce(
         steps=steps,
     )
     plan = kind.plan(experiment, asked)
-    path = experiment.path(results, scale)
-    result = None if force else kept(path, plan)
+    path = place_of(plan, experiment.path(results, scale), anew=force)
+    result = load(path) if path.exists() and not force else None
     if result is not None:
         sys.stderr.write(f"Shown from {path}; --force runs it again.\n")
     else:

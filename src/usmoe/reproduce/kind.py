@@ -86,6 +86,10 @@ class Plan(Protocol):
         """How many times `done` will be called in a run."""
         ...
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, with every setting."""
+        ...
+
 
 class Result(Protocol):
     """What came out of a plan."""

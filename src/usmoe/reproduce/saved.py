@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,22 @@ def load(path: Path) -> Any:
         raise ValueError(f"{path} is no result of usmoe reproduce: {error}") from error
 
 
-def kept(path: Path, plan: Plan) -> Any | None:
-    """The result that is there, where it is of the same plan; None where there is none.
+def place_of(plan: Plan, path: Path, *, anew: bool = False) -> Path:
+    """Where the result of a plan lies, or is to be written: at `path`, or where that holds a result of other settings,
+    beside it, under a digest of these.
 
-    Raises ValueError where it is of another.
+    anew  what holds none at all is to be replaced; without it ValueError is raised
     """
-    if not path.exists():
-        return None
-    result = load(path)
-    if fields := changed(result.plan, plan):
-        raise ValueError(
-            f"{path} holds a result of other settings ({', '.join(fields)}). Give --force to replace it, or another "
-            "--results."
-        )
-    return result
+    try:
+        if not path.exists() or not changed(load(path).plan, plan):
+            return path
+    except ValueError:
+        if anew:
+            return path
+        raise
+    said = {name: value for name, value in plan.to_dict().items() if name != "data"}  # which may have moved
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+    return path.with_name(f"{path.stem}-{digest}{path.suffix}")
 
 
 def markdown(result: Result) -> str:

@@ -142,9 +142,9 @@ def _differs(result: Result) -> tuple[str, ...]:
             "those of Table 14 at small scale; the paper does not say which of its models it fine-tunes."
         )
         said.append(
-            f"Fine-tuning: {config.epochs} epochs of at most {config.data.train_rows:,} rows, {config.length} bytes of "
-            f"a text, batch {config.batch}, learning rate {config.lr:g}; the paper: 15 epochs of all rows, 512 tokens, "
-            "batch 16 (IMDB 4), 1e-4."
+            f"Fine-tuning: {config.epochs} epochs of the rows below, {config.length} bytes of a text, batch "
+            f"{config.batch}, learning rate {config.lr:g}, a head on the {config.pooling} of a text's states; the "
+            "paper: 15 epochs of all rows, 512 tokens, batch 16 (IMDB 4), 1e-4; its code: a head on the last state."
         )
     for task in plan.tasks:
         rows = next(one.scored.rows for one in result.rows if one.task == task)
