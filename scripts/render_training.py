@@ -31,8 +31,7 @@ def page(results: Path, pictures: Path) -> str:
     parts = ["# Training: results", "", ABOUT, ""]
     for experiment in EXPERIMENTS.values():
         for scale in SCALES if experiment.kind in KINDS else ():
-            path = experiment.path(results, scale)
-            if path.is_file():
+            for path in experiment.paths(results, scale):
                 parts += section(experiment, path, pictures)
     return "\n".join(parts)
 

@@ -19,7 +19,7 @@ ABC = {"train": "the cat sat\nthe dog sat\n", "valid": "the cat ran\n", "test": 
 def folder(place: Path, texts: dict[str, str] = ABC, ending: str = ".txt") -> Path:
     place.mkdir(parents=True, exist_ok=True)
     for split, text in texts.items():
-        packed = gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode()
+        packed = gzip.compress(text.encode()) if ending.lower().endswith(".gz") else text.encode()
         (place / f"{split}{ending}").write_bytes(packed)
     return place
 

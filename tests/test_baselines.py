@@ -288,6 +288,15 @@ def test_router_noise_is_there_in_training_alone(router: Any):
     torch.testing.assert_close(moe(x)[1].logits, clean, rtol=0, atol=1e-12)
 
 
+def test_noise_leaves_the_route_of_stage_two_alone():
+    moe, gate = stable(TokenChoice(k=2), noise=0.5)
+    first, second = (moe(tokens(), tokens=IDS)[1] for _ in range(2))
+    assert not torch.equal(first.logits, second.logits)
+    gate.freeze()
+    first, second = (moe(tokens(), tokens=IDS)[1] for _ in range(2))
+    assert torch.equal(first.logits, second.logits)
+
+
 def test_router_noise_has_its_deviation():
     moe = MoE(D, F, E, TokenChoice(k=1), noise=0.25).double()
     x = torch.randn(50, 100, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -101,6 +101,40 @@ def test_validation_is_the_test_where_there_is_no_other_and_selects_nothing(tmp_
     assert found["validation"] <= {row["text"] for row in rows(40)}
 
 
+def test_what_is_set_aside_says_which_file_has_no_labels(tmp_path: Path):
+    """All withheld, or not even a column of them."""
+    write(tmp_path / "train.csv", rows(60))
+    write(tmp_path / "TEST.CSV", [{"id": i, "text": f"nobody knows {i}"} for i in range(3)])
+    task = read(tmp_path)
+    said = "rows set aside from train.csv, by class (split seed 0)"
+    assert task.test.rows == f"6 {said}; TEST.CSV has no labels"
+    assert task.validation.rows == f"5 {said}"
+    write(tmp_path / "validation.csv", [{"text": "nobody knows", "label": ""}] * 3)
+    assert read(tmp_path).validation.rows == f"5 {said}; validation.csv has no labels"
+    write(tmp_path / "train.csv", [{"text": f"t{i}", "y": i % 2} for i in range(60)])
+    with pytest.raises(ValueError, match=r"Which column of train\.csv is the label"):
+        read(tmp_path)
+
+
+def test_splits_that_number_their_classes_otherwise_are_refused(tmp_path: Path):
+    for split, names in {"train": ["neg", "pos"], "test": ["pos", "neg"]}.items():
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        datasets.Dataset.from_list(rows(40), features=features).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(ValueError, match=r"test\.parquet calls the label 0 'pos', and train\.parquet 'neg'\. Number"):
+        read(tmp_path)
+
+
+def test_a_class_without_training_rows_is_told_or_refused(tmp_path: Path):
+    path = write(tmp_path / "mine.jsonl", [*rows(200), *({"text": f"rare {i}", "label": 2} for i in range(3))])
+    few = read(path, train_rows=20)
+    assert len(few.train) == 20
+    assert few.train.rows.endswith("; no row of 1 of the 3 classes (2)")
+    with pytest.raises(
+        ValueError, match=r"train_rows=2 leaves some of the 3 classes .* Give 3 or more, or leave it out"
+    ):
+        read(path, train_rows=2)
+
+
 def test_equal_texts_fall_on_one_side(tmp_path: Path):
     task = read(write(tmp_path / "mine.csv", rows(30) * 3))
     found = texts(task)

@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="the extra usmoe[train]")
 
 from tiny_finetuning import TINY, config_of, keyword_csv, pretrained, sentences, texts_of
 from usmoe.data.vocabulary import Characters, learn
-from usmoe.layers.pooling import Pooling
+from usmoe.layers.pooling import POOLINGS, Pooling
 from usmoe.models.config import MODELS
 from usmoe.models.language import LanguageModel
 from usmoe.train.agreement import accuracy, agreement, confusion, macro_f1
@@ -96,6 +96,34 @@ def test_what_stands_in_padding_changes_nothing():
     torch.testing.assert_close(model(wide, valid).logits, model(batch.tokens, batch.valid).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("pooling", ["last", "mean", "weighted_mean"])
+def test_weights_may_be_of_another_dtype(dtype: torch.dtype, pooling: Pooling):
+    model, batch = classifier(), texts_of("a", "a longer one").batch(np.arange(2))
+    model.pooling = pooling
+    expected = model(batch.tokens, batch.valid).logits
+    logits = model.to(dtype)(batch.tokens, batch.valid).logits
+    assert logits.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    if dtype == torch.float64:  # in bfloat16 a token may go to another expert
+        torch.testing.assert_close(logits.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
+def test_a_mean_is_of_float32_at_least(pooling: Pooling):
+    """Under autocast, too; of float64 to the last bits."""
+    states = torch.randn(2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([7, 3])
+    weights = (torch.arange(1.0, 8.0, dtype=torch.float64) if pooling == "weighted_mean" else torch.ones(7).double())[
+        :3
+    ]
+    whole = POOLINGS[pooling](states, lengths)
+    torch.testing.assert_close(whole[1], weights @ states[1, :3] / weights.sum(), rtol=1e-14, atol=1e-14)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean = POOLINGS[pooling](states.float(), lengths)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, whole.float())
+
+
 def test_a_head_needs_two_classes():
     with pytest.raises(ValueError, match="1 classes leave nothing to tell apart"):
         classifier(classes=1)
@@ -114,6 +142,15 @@ def test_texts_are_cut_to_their_beginning_and_none_is_without_a_token():
     words = learn("word", ["the sea the sea"])
     assert [one.tolist() for one in Texts(words, ["sea the", "", "none"], 9).tokens] == [[2, 3], [0], [1]]
     assert Texts(Characters(" ab", unknown=False), [""], 9).tokens[0].tolist() == [0]
+
+
+def test_what_the_vocabulary_does_not_know_is_counted():
+    """Of tokens that are read: "one" is cut off."""
+    words = learn("word", ["the sea the sea"])
+    assert Texts(words, ["sea the ship", "the the", "a a a one"], 3).unknown == 4 / 8
+    assert Texts(Characters(" ab"), ["ab c"], 9).unknown == 1 / 4
+    assert Texts(Characters(" ab", unknown=False), ["ab"], 9).unknown is None
+    assert texts_of("anything").unknown is None
 
 
 def test_each_epoch_reads_every_text_once_in_an_order_of_its_own():

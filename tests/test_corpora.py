@@ -64,7 +64,7 @@ def test_bpe_of_a_folder_of_text_files(tmp_path: Path):
     assert tokenizer(texts["test"])["input_ids"] == made.test.tolist()
 
 
-@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.raw.gz", ".tokens", ".text.gz", ""])
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.raw.gz", ".tokens", ".text.gz", ".TXT.GZ", ""])
 def test_the_same_text_packed_in_another_way_gives_the_same_tokens(tmp_path: Path, ending: str):
     made = prepare(at(folder(tmp_path / "mine", ending=ending), level="word"), tmp_path / "cache")
     assert made.train.tolist() == [3, 4, 2, 0, 3, 5, 2, 0]

@@ -61,6 +61,15 @@ def test_features_are_those_of_a_plain_forward(family, pooling):
     close(enc.variant(embedding="router").encode(TEXTS), [row[32:] for row in expected])
 
 
+def test_vectors_are_of_float32_whatever_the_models_are():
+    model = tiny(next(iter(TINY)))
+    enc = usmoe.Encoder(model, tokenizer(), embedding="moee", pooling="mean")
+    expected = enc.encode(TEXTS)
+    model.double()
+    assert enc.encode(TEXTS).dtype == np.float32
+    close(enc.encode(TEXTS), expected)
+
+
 def test_probabilities_are_the_softmax_of_each_layer():
     logits = encoder(embedding="router").encode(TEXTS).reshape(len(TEXTS), 2, 8)
     said = encoder(embedding="router", router_features="probabilities").encode(TEXTS)

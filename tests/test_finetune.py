@@ -232,6 +232,24 @@ def test_a_folder_is_of_one_run_or_of_several_seeds(command, checkpoint: Path, k
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_unknown_words_empty_texts_and_the_names_of_the_classes_are_said(command, tmp_path: Path):
+    run = pretrained(tmp_path, corpus__level="word")
+    path = keyword_csv(tmp_path / "keyword.csv")  # good and bad are no words of the checkpoint's
+    with path.open("a", encoding="utf-8") as file:
+        file.write('"",yes\n" ",no\n')
+    status, out, err = command(run, path, "-o", tmp_path / "tuned", "--steps", "1")
+    assert status == 0, err
+    said = Scored.load(tmp_path / "tuned" / "result.json")
+    assert said.names == ("no", "yes")
+    assert said.empty == 2
+    assert said.unknown is not None
+    words = " ".join(out.split())
+    assert f"{100 * said.unknown:.1f} % of the test's tokens are unknown to the checkpoint's vocabulary" in words
+    assert "Texts without a word, of all that were read: 2;" in words
+    older = {name: one for name, one in said.to_dict().items() if name not in ("names", "empty", "unknown")}
+    assert Scored.from_dict(older).unknown is None
+
+
 def test_the_command_refuses_in_one_line(command, checkpoint: Path, keyword: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words, sentence, expected in (

@@ -193,7 +193,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(checkpoint: Path, keyword: Pa
     config = config_of(keyword, steps=2)
     with pytest.raises(ValueError, match="holds no run of usmoe train"):
         finetune(config, tmp_path / "run", checkpoint=tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"has no first\.safetensors"):
+    with pytest.raises(ValueError, match=r"no model 'first' of a run\. Choose one of: best, last"):
         finetune(config, tmp_path / "run", checkpoint=checkpoint, which="first", progress=False)
     with pytest.raises(ValueError, match="holds a run of usmoe train"):
         finetune(config, checkpoint, checkpoint=checkpoint, anew=True, progress=False)
@@ -202,6 +202,26 @@ def test_a_folder_that_is_no_checkpoint_is_refused(checkpoint: Path, keyword: Pa
         finetune(config, tmp_path / "other", checkpoint=tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="holds no classifier"):
         load_classifier(checkpoint)
+
+
+def test_a_damaged_configuration_is_named(checkpoint: Path, keyword: Path, tmp_path: Path):
+    finetune(config_of(keyword, steps=1), tmp_path, checkpoint=checkpoint, progress=False)
+    path = tmp_path / "config.json"
+    said = json.loads(path.read_text())
+    for text, sentence in (
+        (path.read_text()[:50], r"config\.json is no JSON \("),
+        ("[]", r"config\.json is no JSON object"),
+        (
+            json.dumps({**said, "task": {"digest": ""}}),
+            r"config\.json lacks task\.classes\. Put the one of the run back",
+        ),
+        (json.dumps({**said, "schema": 0}), r"config\.json is of another version"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            load_classifier(tmp_path)
+        with pytest.raises(ValueError, match=sentence):
+            finetune(config_of(keyword, steps=1), tmp_path, checkpoint=checkpoint, resume=True, progress=False)
 
 
 def test_a_loss_that_is_no_number_is_refused(checkpoint: Path, keyword: Path, tmp_path: Path, monkeypatch):

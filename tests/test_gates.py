@@ -34,6 +34,18 @@ def test_the_cosine_gate_ignores_the_scale_of_a_token_and_keeps_float64():
     assert gate(x)[0, 0, 2].item() == pytest.approx((cosine / gate.log_temperature.exp()).item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("gate", list(GATES))
+def test_autocast_does_not_round_logits(gate: str):
+    torch.manual_seed(0)
+    moe, x, ids = MoE(D, F, E, USMoE(k=2), gate=gate, vocabulary=7).eval(), tokens(dtype=torch.float32), {}
+    ids["tokens"] = torch.arange(B * L).view(B, L) % 7
+    plain = moe(x, **ids)[1].logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, out = moe(x, **ids)
+    assert out.logits.dtype == torch.float32
+    torch.testing.assert_close(out.logits, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_the_frozen_gate_has_no_parameter_and_is_saved():
     gate = FrozenGate(D, E)
     assert not list(gate.parameters())

@@ -63,7 +63,7 @@ def test_relative_attention_by_hand():
     seen = (1, 0), (0, 1), (1, 1); the last two are the segment. Wq = (1, 2), Wk = (3, 1), Wv = (1, -1), Wr = (1, 1),
     u = 0.5, v = 0.25. r(distance) = sin(distance) + cos(distance).
     """
-    attention = RelativeAttention(LanguageConfig(d_model=2, heads=1, head_size=1, num_experts=0, d_ff=1))
+    attention = RelativeAttention(LanguageConfig(d_model=2, heads=1, head_size=1, num_experts=0, d_ff=1)).eval()
     with torch.no_grad():
         attention.query.weight.copy_(torch.tensor([[1.0, 2.0]]))
         attention.key_value.weight.copy_(torch.tensor([[3.0, 1.0], [1.0, -1.0]]))
@@ -83,6 +83,28 @@ def test_relative_attention_by_hand():
     first, second = mixed(2.0, 1), mixed(3.0, 2)
     found = attention(seen[:, 1:], seen, Sight.of(2, 1))
     torch.testing.assert_close(found, torch.tensor([[[first, 10 * first], [second, 10 * second]]]))
+
+
+def test_dropout_stands_on_the_distances():
+    """The same outputs as those of a layer that knows no distances, where all of them are dropped."""
+    torch.manual_seed(0)
+    config = LanguageConfig(d_model=8, heads=2, num_experts=0, d_ff=1, dropout=0.999999)
+    attention, x = RelativeAttention(config).double(), torch.randn(1, 5, 8, dtype=torch.float64)
+    dropped = attention(x, x, Sight.of(5, 0))
+    assert not torch.equal(dropped, attention.eval()(x, x, Sight.of(5, 0)))
+    torch.nn.init.zeros_(attention.distance.weight)
+    torch.testing.assert_close(dropped, attention(x, x, Sight.of(5, 0)))
+
+
+@backbones
+def test_a_model_that_was_read_in_inference_mode_can_be_trained(config: LanguageConfig):
+    """Of a length that no other test has: what is kept of a length is made by whoever comes first."""
+    model, tokens = made(config), torch.arange(61).view(1, 61) % 11
+    with torch.inference_mode():
+        before = model(tokens).hidden.clone()
+    after = model(tokens).hidden
+    after.sum().backward()
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-12)
 
 
 def test_the_shift_brings_each_distance_to_its_key():
@@ -332,7 +354,7 @@ def test_the_decoder_is_an_olmoe(router: str, tmp_path, quiet_transformers):
     logits = model.words.logits(model(tokens).hidden)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, logits, rtol=1e-5, atol=1e-4)
-    export(model, None, tmp_path / "model", context=16, dtype=torch.float32)
+    export(model, None, tmp_path / "model", context=16)
     again = usmoe.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)

@@ -125,7 +125,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, ending: str):
     path = make.write(tmp_path / f"test.{ending}", make.pairs(20, 0))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2 + (ending == "csv")])
-    with pytest.raises(ValueError, match=rf"test\.{ending} cannot be read as {ending}: .*Put a whole copy there\.$"):
+    with pytest.raises(ValueError, match=rf"test\.{ending} cannot be read as {ending}: .*put a whole copy there\.$"):
         read(path)
 
 

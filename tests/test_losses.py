@@ -12,7 +12,7 @@ from torch import Tensor
 import reference
 from small_layer import VALID, B, E, L, layer, tokens
 from usmoe import ExpertChoice, RouterOutput, Routing, TokenChoice, USMoE, route
-from usmoe.layers.balance import balance_loss
+from usmoe.layers.balance import balance_loss, pooled_balance_loss
 from usmoe.layers.losses import distillation_loss, similarity_loss, z_loss
 
 
@@ -24,6 +24,18 @@ def outputs(router: Any, valid: Tensor | None) -> list[RouterOutput]:
         routing = route(logits, router, valid=valid)
         made.append(RouterOutput(routing=routing, logits=logits, distilled=distilled))
     return made
+
+
+def balance_by_loops(said: list[RouterOutput]) -> Any:
+    total: Any = 0.0
+    for one in said:
+        tokens = [t for t in range(one.routing.num_tokens) if real(one, t)]
+        shares = {t: reference.softmax(list(one.logits.flatten(0, 1)[t])) for t in tokens}
+        mask = one.routing.mask().tolist()
+        for e in range(E):
+            load = sum(mask[t][e] for t in tokens) / len(tokens)
+            total = total + E * load * sum(shares[t][e] for t in tokens) / len(tokens)
+    return total
 
 
 def z_by_loops(said: list[RouterOutput]) -> Any:
@@ -69,14 +81,19 @@ def real(one: RouterOutput, token: int) -> bool:
     return one.routing.valid is None or bool(one.routing.valid[token])
 
 
-LOSSES = [(z_loss, z_by_loops), (distillation_loss, distillation_by_loops), (similarity_loss, similarity_by_loops)]
+LOSSES = [
+    (balance_loss, balance_by_loops),
+    (z_loss, z_by_loops),
+    (distillation_loss, distillation_by_loops),
+    (similarity_loss, similarity_by_loops),
+]
 
 
 @pytest.mark.parametrize("valid", [None, VALID], ids=["whole", "padded"])
 @pytest.mark.parametrize(
     "router", [TokenChoice(k=2), USMoE(k=1.5), USMoE(k=1.5, mask_padding=False), ExpertChoice(k=1)], ids=str
 )
-@pytest.mark.parametrize(("loss", "loops"), LOSSES, ids=["z", "distillation", "similarity"])
+@pytest.mark.parametrize(("loss", "loops"), LOSSES, ids=["balance", "z", "distillation", "similarity"])
 def test_losses_and_gradients_equal_the_loops(loss: Any, loops: Any, router: Any, valid: Tensor | None):
     said = outputs(router, valid)
     inputs: Any = [x for one in said for x in (one.logits, one.distilled)]
@@ -89,7 +106,7 @@ def test_losses_and_gradients_equal_the_loops(loss: Any, loops: Any, router: Any
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("loss", [z_loss, distillation_loss, similarity_loss])
+@pytest.mark.parametrize("loss", [balance_loss, z_loss, distillation_loss, similarity_loss])
 def test_what_padding_holds_reaches_no_loss_and_no_gradient(loss: Any):
     said = outputs(TokenChoice(k=1), VALID)
     for garbage in (1e30, math.nan, math.inf):
@@ -107,15 +124,42 @@ def test_what_padding_holds_reaches_no_loss_and_no_gradient(loss: Any):
         assert all(g.isfinite().all() and not g[~VALID].any() for g in grads)
 
 
+def test_layers_that_are_imbalanced_towards_different_experts_are_imbalanced():
+    """Layer e sends all tokens to expert e: E a layer, which transformers' pooled form takes for balance."""
+    said = []
+    for expert in range(E):
+        logits = torch.zeros(1, 5, E)
+        logits[..., expert] = 100.0
+        said.append(RouterOutput(routing=route(logits, TokenChoice(k=1)), logits=logits))
+    assert balance_loss(said).item() == pytest.approx(E * E)
+    assert pooled_balance_loss(said).item() == pytest.approx(1)
+    torch.testing.assert_close(balance_loss(said[:1]), pooled_balance_loss(said[:1]))
+
+
+def test_padding_is_left_out_also_under_a_router_that_does_not_say_what_it_is():
+    def every_expert_above_average(logits: Tensor, valid: Any = None, **_: Any) -> Routing:
+        shares = logits.softmax(-1)
+        return Routing.from_dense(shares, shares > 1 / E)
+
+    own = layer(router=every_expert_above_average)
+    x = tokens()
+    losses = (balance_loss, z_loss, similarity_loss)
+    _, padded = own(x, valid=VALID)
+    assert torch.equal(padded.routing.valid, VALID.flatten())
+    _, other = own(x.masked_fill(~VALID[..., None], 3.0), valid=VALID)
+    assert [loss([padded]) for loss in losses] == [loss([other]) for loss in losses]
+
+
 def test_losses_of_nothing_are_0():
     nothing = outputs(TokenChoice(k=1), torch.zeros(B, L, dtype=torch.bool))
-    for loss in (balance_loss, z_loss, distillation_loss, similarity_loss):
+    for loss in (balance_loss, pooled_balance_loss, z_loss, distillation_loss, similarity_loss):
         assert loss([]) == 0
         assert loss(nothing) == 0
     _, plain = layer()(tokens())
     assert distillation_loss([plain]) == 0
     dull = torch.full((1, 2, E), -torch.inf)
-    assert z_loss([RouterOutput(routing=route(dull, TokenChoice(k=1)), logits=dull)]) == 0
+    for loss in (balance_loss, z_loss):
+        assert loss([RouterOutput(routing=route(dull, TokenChoice(k=1)), logits=dull)]) == 0
 
 
 def test_similarity_is_1_where_all_is_even_and_more_where_experts_go_together():

@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,8 @@ from usmoe.reproduce.embeddings.render import plot, view
 from usmoe.reproduce.embeddings.run import run
 from usmoe.reproduce.embeddings.study import CHECKPOINTS, STUDIES, TASKS, UNIFIED
 from usmoe.routing import parse_router
+
+ROOT = Path(__file__).parent.parent
 
 
 class Fake:
@@ -306,32 +309,66 @@ def test_list_begins_each_line_with_the_name_as_typed(command, tmp_path):
 
 
 def test_a_run_is_saved_shown_again_and_another_stands_beside_it(command, tmp_path):
-    words = ("table6", "--tasks", "Emotion", "--results", str(tmp_path / "r"))
+    """With options a digest stands behind the name, so that a trial never takes that of the table as it is."""
+    folder = tmp_path / "r"
+    words = ("table6", "--tasks", "Emotion", "--results", str(folder))
     status, out, err = command(*words, "--markdown", str(tmp_path / "t.md"))
     assert status == 0, err
     assert "From the hub, where it is not on this machine yet: the data of 1 MTEB tasks." in err
     assert "OLMoE-1B-7B" in out
-    assert (tmp_path / "t.md").read_text().startswith("## table6, small scale")
+    page = (tmp_path / "t.md").read_text()
+    assert page.startswith("## table6, small scale")
+    assert "`usmoe reproduce table6 --scale small --tasks EmotionClassification`" in page
     status, again, err = command(*words)
     assert (status, again) == (0, out)
     assert "--force runs it again" in err
     assert len(command.fake.calls) == 1
-    other = ("table6", "--tasks", "BIOSSES", "--results", str(tmp_path / "r"), "--json")
+    (first,) = folder.glob("table6*.json")
+    assert re.fullmatch(r"table6-small-[0-9a-f]{8}\.json", first.name)
+
+    other = ("table6", "--tasks", "BIOSSES", "--results", str(folder), "--json")
     for calls, words in ((2, other), (2, other), (3, (*other, "--force"))):
         status, out, err = command(*words)
         assert status == 0, err
         assert json.loads(out)["plan"]["tasks"] == ["BIOSSES"]
         assert len(command.fake.calls) == calls
-    first, second = sorted((tmp_path / "r").glob("table6*.json"))
-    assert re.fullmatch(r"table6-small-[0-9a-f]{8}\.json", first.name)
-    assert (second.name, load(second).plan.tasks) == ("table6-small.json", ("EmotionClassification",))
-    second.write_text("{", encoding="utf-8")
-    status, _, err = command(*other)
+    assert len(list(folder.glob("table6-small-*.json"))) == 2
+    _, out, _ = command("--list", "--results", str(folder))
+    (line,) = (line for line in out.splitlines() if line.startswith("table6 "))
+    assert line.endswith("by task type (2 with options)")
+    assert "small" not in _status(line) or (ROOT / "results" / "table6-small.json").is_file()
+
+    whole = ("table6", "--scale", "paper", "--results", str(folder), "--json")
+    assert command(*whole)[0] == 0
+    assert [path.name for path in folder.glob("table6-paper*.json")] == ["table6-paper.json"]
+    (folder / "table6-paper.json").write_text("{", encoding="utf-8")
+    status, _, err = command(*whole)
     assert status == 1
-    assert "table6-small.json is no result of usmoe reproduce" in err
-    assert second.read_text() == "{"
-    assert command(*other, "--force")[0] == 0
-    assert load(second).plan.tasks == ("BIOSSES",)
+    assert "table6-paper.json is no result of usmoe reproduce" in err
+    assert (folder / "table6-paper.json").read_text() == "{"
+    assert command(*whole, "--force")[0] == 0
+    assert load(folder / "table6-paper.json").plan.tasks == tuple(TASKS)
+
+
+def _status(line: str) -> str:
+    return line[19:36]
+
+
+def test_a_result_at_the_plain_name_is_shown_where_its_settings_are_asked_for(command, tmp_path):
+    """As results were written before options had a digest."""
+    made = small("table6", ("Emotion",))
+    save(run(made, tmp_path, evaluate=Fake()), tmp_path / "table6-small.json")
+    status, _, err = command("table6", "--tasks", "Emotion", "--results", str(tmp_path))
+    assert (status, len(command.fake.calls)) == (0, 0)
+    assert "Shown from" in err
+    assert [path.name for path in tmp_path.glob("*.json")] == ["table6-small.json"]
+
+
+def test_a_file_that_is_there_is_refused_by_the_flag_that_names_it(command, tmp_path):
+    (tmp_path / "f").write_text("mine")
+    for name, flag in (("figure3", "--plot"), ("table5", "--markdown")):
+        _, _, err = command(name, "--tasks", "Emotion", flag, str(tmp_path / "f"))
+        assert f"Give --force to overwrite it, or another {flag}." in err
 
 
 def test_what_cannot_be_run_is_refused_in_a_sentence(command, tmp_path):

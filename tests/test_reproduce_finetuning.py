@@ -73,6 +73,15 @@ def test_classifiers_are_trained_tested_and_saved(tiny, tmp_path):
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.safetensors"))] == before
 
 
+def test_force_says_what_it_leaves_as_it_is(tiny):
+    kind = kind_of(find("table13"))
+    made = plan(find("table13"), Asked(data=tiny, rows=("usmoe",), seeds=1))
+    assert kind.announce(made, True, False).startswith("1 model of Table 14, trained where they are not there; from")
+    assert "1 classifier. " in kind.announce(made, True, False)
+    assert "--force" not in kind.announce(made, True, False)
+    assert "--force tests no classifier again" in kind.announce(made, True, True)
+
+
 def made_up(plan: Plan, right) -> Result:
     """right(row, task, seed) -> which test rows are right, as a text of 0 and 1."""
     rows = []
@@ -125,19 +134,20 @@ def test_accuracies_stand_beside_the_papers():
             {"usmoe": "1" * 150, "usmoe-1.5": "1" * 149 + "0", "token_choice": "10" * 75}[row] + "0" * 50
         ),
     )
-    (view,) = views(result)
-    assert view.head == (
-        *("method", "SST-2", "BANKING77", "MFLOPs a token", "experts a token", "dropped, %"),
-        *("paper, SST-2", "paper, BANKING77"),
-    )
-    assert view.rows[0] == ("USMoE k=2", "75.0 (0.0)~", "75.0 (0.0)~", "2.00", "2.00", "1.0", "81.5", "87.8")
+    view, costs = views(result)
+    assert view.head == ("method", "SST-2", "BANKING77", "paper, SST-2", "paper, BANKING77")
+    assert view.rows[0] == ("USMoE k=2", "75.0 (0.0)~", "75.0 (0.0)~", "81.5", "87.8")
+    assert costs.head == ("method", "MFLOPs a token", "experts a token", "dropped, %")
+    assert costs.rows[1] == ("USMoE k=1.5", "2.00", "1.50", "1.0")
     assert view.rows[1][1] == "74.5 (0.0)~"
     assert view.rows[2][1:3] == ("37.5 (0.0)", "37.5 (0.0)")
     assert view.bold == ()
     said = " ".join(view.says)
     assert "On SST-2 no ranking can be read among USMoE k=2 (highest) and USMoE k=1.5 (marked ~)" in said
-    assert "Without SST-5, IMDB." in view.differs
-    assert any("selected on validation.parquet; tested on test.parquet" in line for line in view.differs)
+    assert "No difference between the two means anything." in said
+    assert "95 % for all rows together (Bonferroni)" in said
+    assert "Without SST-5, IMDB." in costs.differs
+    assert any("selected on validation.parquet; tested on test.parquet" in line for line in costs.differs)
     assert "## table13, small scale, from novels" in markdown(result)
 
 
@@ -190,6 +200,6 @@ def test_settings_of_the_small_scale_say_that_they_are_others(tmp_path):
     (view,) = kind.views(result, wide=True)
     assert view.rows[0] == ("sst2", "200", "16", "0.0005", "3")
     assert view.rows[1] == ("  paper", "512", "16", "0.0001", "15")
-    assert result.plan.settings["imdb"]["data"]["train_rows"] == 2000
+    assert result.plan.settings["imdb"]["data"]["train_rows"] == study.SMALL_ROWS["imdb"]
     assert dataclasses.replace(result.plan, settings={}).parts == 0
     assert set(result.plan.settings) == set(TASKS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +106,8 @@ def test_rows_texts_seeds_and_routers_of_ones_own():
         seeds=1,
         steps=50,
     )
-    assert [row.name for row in made.rows] == ["usmoe", "remoe", "usmoe-k-2-alpha-0.3"]
+    assert [row.name for row in made.rows[:2]] == ["usmoe", "remoe"]
+    assert re.fullmatch(r"usmoe-k-2-alpha-0\.3-[0-9a-f]{8}", made.rows[2].name)
     own = made.runs[2]
     assert (own.config.model.router, own.config.balance) == ("usmoe(k=2, alpha=0.3)", 0)
     assert {(one.corpus, one.config.seed, one.config.steps, one.config.warmup) for one in made.runs} == {
@@ -112,7 +115,7 @@ def test_rows_texts_seeds_and_routers_of_ones_own():
     }
     assert made.left_out == {"wiki2016": "not asked for"}
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-    assert announce(made).startswith("3 models (3 rows, 1 texts, 1 seeds), 50 steps each (0.05 M tokens)")
+    assert announce(made).startswith("3 models (3 rows, 1 text, 1 seed), 50 steps each (0.05 M tokens)")
 
 
 def test_the_paper_scale_is_the_presets():
@@ -132,6 +135,44 @@ def test_what_cannot_be_planned_is_refused():
         planned("table2", tasks=("sst2",))
     with pytest.raises(ValueError, match="--dtype float16 is no precision of training"):
         planned("table2", dtype="float16")
+
+
+def test_routers_of_ones_own_are_checked_before_anything_is_trained():
+    with pytest.raises(ValueError, match=r"'no_such.module:mine' cannot be imported"):
+        planned("table2", routers=("no_such.module:mine",))
+    with pytest.raises(ValueError, match=r"--router usmoe\(k=17\): A budget of k=17 .* impossible with 16 experts"):
+        planned("table2", routers=("usmoe(k=17)",))
+    with pytest.raises(ValueError, match=r"--router usmoe: The number of experts per token is not given"):
+        planned("table2", routers=("usmoe",))
+    with pytest.raises(ValueError, match=r"--router usmoe\(alpha=0.3,k=2\) is the router of the row .*Give it once"):
+        planned("table2", routers=("usmoe(k=2, alpha=0.3)", "usmoe(alpha=0.3,k=2)"))
+
+
+def test_routers_of_one_slug_are_rows_of_their_own():
+    routers = ("usmoe(pool=threshold, threshold=0.05)", "usmoe(pool=threshold, threshold=-0.05)")
+    made = planned("table2", rows=("usmoe",), routers=routers, corpora=("novels",), seeds=1)
+    assert len({row.name for row in made.rows}) == len({one.row for one in made.runs}) == 3
+
+
+def test_a_router_whose_source_changed_is_another_row(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "edited_router.py").write_text("def mine(logits, valid=None, **given): ...\n")
+    first, again = (planned("table2", routers=("edited_router:mine",)) for _ in range(2))
+    assert first.runs == again.runs
+    (tmp_path / "edited_router.py").write_text("def mine(logits, valid=None, **given): return None\n")
+    changed = planned("table2", routers=("edited_router:mine",))
+    assert changed.basis() != first.basis()
+    same, other = ({one.name for one in made.runs if one.row == made.rows[-1].name} for made in (first, changed))
+    assert not same & other
+
+
+def test_a_class_of_ones_own_is_told_by_its_source_too(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = ("from usmoe import USMoE", "class Mine(USMoE): ...", "mine = Mine(k=2)", "")
+    (tmp_path / "own_class.py").write_text("\n".join(lines))
+    first = planned("table2", routers=("own_class:mine",))
+    (tmp_path / "own_class.py").write_text("\n".join((*lines, "CHANGED = True", "")))
+    assert planned("table2", routers=("own_class:mine",)).basis() != first.basis()
 
 
 def test_without_texts_nothing_is_planned(tmp_path):
@@ -190,7 +231,8 @@ def test_a_router_of_ones_own_is_a_row_beside_the_others(tiny, tmp_path):
     made = plan(find("table2"), Asked(data=tiny, rows=("token_choice",), routers=("tiny_scale:first_two",), seeds=1))
     result = run(made, tmp_path)
     mine = result.rows[2]
-    assert (mine.row, mine.figures.forced.experts, mine.figures.forced.dropped) == ("tiny_scale-first_two", 2, 0)
+    assert re.fullmatch(r"tiny_scale-first_two-[0-9a-f]{8}", mine.row)
+    assert (mine.figures.forced.experts, mine.figures.forced.dropped) == (2, 0)
     assert mine.figures.served == {}
     assert mine.figures.honest.positions == 10  # it promises nothing, so it is taken to look ahead
     assert mine.figures.honest.nats == pytest.approx(mine.figures.forced.nats, abs=1e-5)
@@ -208,6 +250,32 @@ def test_figures_that_are_kept_are_read_unless_asked_anew(tiny, tmp_path):
     again = run(made, tmp_path, anew=True).rows[0].figures
     assert again.forced.nats == first.rows[0].figures.forced.nats
     assert json.loads(kept.read_text())["figures"]["forced"]["nats"] == again.forced.nats
+
+
+def test_a_model_of_another_text_is_refused(tiny, tmp_path):
+    made = plan(find("figure12", "b"), Asked(data=tiny, rows=("token_choice",), seeds=1))
+    results = tmp_path / "results"
+    first = run(made, results)
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    assert run(dataclasses.replace(made, data=str(moved)), results).rows == first.rows
+    train = moved / "novels" / "train.txt"
+    train.write_text(train.read_text() + "One more line.\n")
+    words = r"learned from another text \(\w{12}\) than novels holds now in .*moved \(\w{12}\)\. Put that text back"
+    with pytest.raises(ValueError, match=words):
+        run(dataclasses.replace(made, data=str(moved)), results)
+
+    (config,) = results.glob("runs/*/config.json")
+    (prepared,) = (path.parent for path in results.glob("corpora/*/train.npy") if _digest(config) in str(path))
+    said = config.read_text()
+    config.write_text(said.replace(_digest(config), "0" * 12))  # the same text, prepared by another usmoe
+    shutil.copytree(prepared, prepared.with_name("novels-" + "0" * 12))
+    assert run(made, results).rows == first.rows
+    config.write_text(json.dumps({name: one for name, one in json.loads(said).items() if name != "text"}))
+    assert run(made, results).rows == first.rows
+
+
+def _digest(config: Path) -> str:
+    return json.loads(config.read_text())["text"]
 
 
 def test_a_figure_has_its_curves_and_is_drawn(tiny, tmp_path):
@@ -247,7 +315,7 @@ def test_a_reproduction_that_was_killed_goes_on_to_the_same_figures(tmp_path):
     finally:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
-    assert not (tmp_path / "r" / "table2-small.json").exists()
+    assert not list((tmp_path / "r").glob("table2-small*.json"))
     again = subprocess.run([*command, str(tmp_path / "r")], capture_output=True, text=True, check=True)
     one, other = (json.loads(said.stdout)["rows"] for said in (whole, again))
     assert [likelihoods(row) for row in one] == [likelihoods(row) for row in other]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -219,6 +220,49 @@ def test_what_a_run_cannot_be_asked_is_refused(words, sentence, runs):
     assert sentence in evaluated(runs / "bytes", *words, fails=True)
 
 
+def test_a_packed_text_is_read_as_training_reads_it(runs, tmp_path):
+    (tmp_path / "plain.txt").write_text("one two three four\n" * 30, encoding="utf-8")
+    (tmp_path / "packed.txt.gz").write_bytes(gzip.compress((tmp_path / "plain.txt").read_bytes()))
+    for run in ("bytes", "words"):
+        plain, packed = (figures(runs / run, "--text", tmp_path / name) for name in ("plain.txt", "packed.txt.gz"))
+        assert plain["forced"]["nats"] == packed["forced"]["nats"]
+        assert packed["text"].endswith("packed.txt.gz")
+
+
+def test_what_the_vocabulary_does_not_know_is_said(runs, tmp_path):
+    (tmp_path / "half.txt").write_text("one zwei three vier\n" * 30, encoding="utf-8")
+    found = figures(runs / "words", "--text", tmp_path / "half.txt")
+    assert found["unknown"] == pytest.approx(0.4, abs=0.01)  # two of four words and a line end
+    assert "40.0 % of the tokens are unknown" in evaluated(runs / "words", "--text", tmp_path / "half.txt")
+    (tmp_path / "none.txt").write_text("zwei " * 90, encoding="utf-8")
+    assert "Every token of" in evaluated(runs / "words", "--text", tmp_path / "none.txt", fails=True)
+    assert figures(runs / "bytes")["unknown"] is None
+
+
+def test_figures_say_which_split_was_read_and_how_it_was_corrupted(runs, tmp_path):
+    assert figures(runs / "bytes")["text"].endswith(", test")
+    run = shutil.copytree(runs / "bytes", tmp_path / "run")
+    said = json.loads((run / "config.json").read_text())
+    said["corpus"] |= {"corrupt_mode": "insert", "corrupt_rate": 0.3}
+    del said["text"]
+    (run / "config.json").write_text(json.dumps(said))
+    found = json.loads(usmoe("eval", run, "--cache", tmp_path / "cache", "--tokens", 100, "--positions", 3, "--json"))
+    assert found["text"].endswith(", test, 30 % of the words with AAA before them")
+
+
+def test_weights_of_another_model_are_refused_in_a_sentence(runs, tmp_path):
+    run = shutil.copytree(runs / "bytes", tmp_path / "run")
+    shutil.copy(runs / "words" / "best.safetensors", run)
+    words = evaluated(run, "--text", SAMPLE, fails=True)
+    assert "best.safetensors is not of the model that config.json describes (size mismatch for" in words
+
+
+def test_the_configuration_of_a_run_begins_another(runs, tmp_path):
+    said = json.loads(usmoe("train", runs / "bytes" / "config.json", "--seed", 5, "--show"))
+    before = json.loads((runs / "bytes" / "config.json").read_text())
+    assert said == {name: one for name, one in before.items() if name not in ("schema", "text")} | {"seed": 5}
+
+
 def test_a_corpus_is_found_in_the_cache_of_training_without_its_files(runs, corpora, tmp_path):
     """With --data it is the same text; without, and without a connection, it is what training has prepared."""
     before = sorted(path.name for path in (runs / "cache").iterdir())
@@ -253,7 +297,7 @@ def test_what_is_not_the_runs_own_text_is_no_stand_in(runs, tmp_path):
 def test_a_run_of_bytes_reads_any_bytes(runs, tmp_path):
     (tmp_path / "any").write_bytes(bytes(range(256)))
     assert figures(runs / "bytes", "--text", tmp_path / "any")["tokens"] == 99
-    assert "is not UTF-8" in evaluated(runs / "words", "--text", tmp_path / "any", fails=True)
+    assert "is no UTF-8 in line 2" in evaluated(runs / "words", "--text", tmp_path / "any", fails=True)
     assert "There is no file" in evaluated(runs / "bytes", "--text", tmp_path / "none", fails=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -22,12 +24,14 @@ from usmoe.cli.app import app
 from usmoe.data.corpus import Corpus
 from usmoe.models import SAMPLE
 from usmoe.models.config import LanguageConfig
+from usmoe.models.language import LanguageModel
 from usmoe.train.config import Evaluation, TrainConfig, read_config
 from usmoe.train.folder import RunFolder, load_run
+from usmoe.train.likelihood import NotFinite
 from usmoe.train.loop import train
 from usmoe.train.methods import METHODS
-from usmoe.train.muon import orthogonalise
-from usmoe.train.optimizers import learning_rate
+from usmoe.train.muon import Muon, orthogonalise
+from usmoe.train.optimizers import learning_rate, optimisers_of
 
 MODEL = LanguageConfig(layers=2, d_model=16, heads=2, d_ff=8, num_experts=16, dropout=0.1)
 
@@ -206,6 +210,22 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path, 
     trained(configured(), tmp_path / "run", resume=True)
 
 
+def test_what_is_not_finite_is_never_a_checkpoint(tmp_path):
+    """The update of step 0 leaves the parameters infinite, while its loss was a number."""
+    with pytest.raises(ValueError, match=r"The parameter .* is not finite at step 1, .* there is no checkpoint yet"):
+        trained(configured(lr=1e39, warmup=0, optimizer="adamw", checkpoint_every=1), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_validation_that_is_not_finite_names_step_and_checkpoint(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise NotFinite("3 of 3 tokens")
+
+    monkeypatch.setattr("usmoe.train.loop.teacher_forced", broken)
+    with pytest.raises(ValueError, match=r"validation figure is not finite at step .* checkpoint is .*checkpoint.pt"):
+        trained(configured(), tmp_path / "run")
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     whole = trained(configured(), tmp_path / "whole")
     save, calls = torch.save, []
@@ -344,6 +364,10 @@ def test_two_processes_train_one_model(tmp_path):
         ({"decay": 3}, "belongs to schedule=plateau"),
         ({"warmup": 30}, "more than steps"),
         ({"lr": 0.0}, "learns nothing"),
+        ({"lr": math.inf}, "lr=inf is not possible"),
+        ({"seed": -1}, "seed=-1 is impossible"),
+        ({"seed": 2**63}, "Give a whole number from 0"),
+        ({"betas": (2.0, 3.0)}, "Give two numbers from 0, below 1"),
         ({"optimizer": "sgd"}, "one of adam, adamw, muon"),
         ({"freeze_at": 0.5}, "belongs to gate=stable"),
         ({"grow_k": (2, 40)}, "impossible with 16 experts"),
@@ -389,6 +413,30 @@ def test_schedules():
     plateau = configured(schedule="plateau", decay=4, steps=12)
     assert [learning_rate(step, plateau) for step in (2, 7, 8)] == [3e-3] * 3
     assert learning_rate(11, plateau) == pytest.approx(3e-3 * (1 - 0.75**0.5))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_norms_and_biases_do_not_decay(optimizer: Literal["adamw", "muon"]):
+    """The attention's biases are three-dimensional. With gradients of 0 nothing but the decay moves a parameter."""
+    model = LanguageModel(MODEL.replace(vocabulary=256))
+    parameters = dict(model.named_parameters())
+    before = {name: one.detach().clone().fill_(0.5) for name, one in parameters.items()}
+    model.load_state_dict(before, strict=False)
+    for one in parameters.values():
+        one.grad = torch.zeros_like(one)
+    for optimiser in optimisers_of(model, configured(optimizer=optimizer, weight_decay=0.1)):
+        optimiser.step()
+    still = {name for name, one in parameters.items() if torch.equal(one, before[name])}
+    assert still == {name for name in parameters if name.endswith("bias") or "norm" in name}
+    assert any(name.endswith("content_bias") for name in still)
+
+
+def test_muon_leaves_what_has_no_gradient():
+    used, unused = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    used.grad = torch.eye(2, 3)
+    Muon([used, unused], lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(unused, torch.ones(2, 3))
+    assert not torch.equal(used, torch.ones(2, 3))
 
 
 def test_an_orthogonalised_update_has_singular_values_near_one():

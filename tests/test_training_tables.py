@@ -10,6 +10,7 @@ import pytest
 
 from planned_training import planned
 from tiny_scale import TINY
+from usmoe.cli.views import print_view
 from usmoe.data.units import Unit
 from usmoe.report.estimate import Honest
 from usmoe.reproduce import find, markdown, paper_figures, save
@@ -35,13 +36,13 @@ def test_a_difference_is_clear_of_its_text_and_of_its_seeds():
     counts = [1, 1, 1, 1]
     assert difference(above, best, counts, 0.0, 2).clear
     gap = difference(above, best, counts, 0.02, 2)  # 4.303 * 0.02 * sqrt(1/2 + 1/2)
-    assert gap.half == pytest.approx(4.303 * 0.02)
+    assert gap.half == pytest.approx(4.303 * 0.02, rel=1e-3)
     assert gap.clear
     assert not difference(above, best, counts, 0.024, 2).clear
     uneven = Sample(values=(1.1, 1.1), sums=(0.8, 1.4, 0.8, 1.4))
     assert not difference(uneven, best, counts, 0.0, 2).clear
     guessed = Sample(values=(1.1, 1.1), sums=above.sums, halves=(0.2, 0.2))
-    assert difference(guessed, best, counts, 0.0, 2).half == pytest.approx(0.2 / 2**0.5)
+    assert difference(guessed, best, counts, 0.0, 2).half == pytest.approx(0.2)  # one sample, shared by seeds
     assert not difference(Sample(values=(1.1,), sums=(4.4,)), Sample(values=(1.0,), sums=(4.0,)), [4], 0, 0).clear
 
 
@@ -54,7 +55,17 @@ def test_deviations_over_seeds_are_pooled_over_rows():
     deviation, freedom = over_seeds(rows)
     assert (deviation, freedom) == (pytest.approx(0.1), 2)
     assert over_seeds({"c": rows["c"]}) == (0.0, 0)
-    assert (student(1), student(11), student(1000)) == (12.706, 2.228, 1.97)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "tail", "printed"),
+    [
+        *((1, 0.025, 12.706), (2, 0.025, 4.303), (3, 0.025, 3.182), (11, 0.025, 2.201), (1000, 0.025, 1.962)),
+        *((10, 0.005, 3.169), (4, 0.0025, 5.598), (1, 0.0005, 636.619)),
+    ],
+)
+def test_students_t_is_as_printed_in_tables(freedom, tail, printed):
+    assert student(freedom, tail) == pytest.approx(printed, abs=6e-4)
 
 
 def test_the_lowest_and_those_that_cannot_be_told_from_it():
@@ -63,6 +74,22 @@ def test_the_lowest_and_those_that_cannot_be_told_from_it():
 
     rows = {"a": flat(2.0), "b": flat(1.0), "c": Sample(values=(1.01,), sums=(0.9, 1.12))}
     assert ranked(rows, [1, 1]) == ("b", ("c",))
+
+
+def test_comparisons_with_the_lowest_are_right_together():
+    """Of three rows the band is that of 1 - 0.025/2: t of 3 degrees is 4.177 in place of 3.182."""
+
+    def row(value: float) -> Sample:
+        return Sample(values=(value - 0.01, value + 0.01), sums=(value, value))
+
+    rows = {"a": row(1.0), "b": row(1.05), "c": row(2.0)}  # deviation 0.01414: 0.0450 alone, 0.0591 together
+    deviation, freedom = over_seeds(rows)
+    assert difference(rows["b"], rows["a"], [1, 1], deviation, freedom).clear
+    assert difference(rows["b"], rows["a"], [1, 1], deviation, freedom, 2).half == pytest.approx(0.05907, abs=1e-4)
+    assert ranked(rows, [1, 1]) == ("a", ("b",))
+    guessed = {name: dataclasses.replace(one, halves=(0.1, 0.1)) for name, one in rows.items()}
+    wide = difference(guessed["b"], guessed["a"], [1, 1], 0, 0, 2).half  # 2.2414 / 1.9600 of the 95 % intervals
+    assert wide == pytest.approx(2**0.5 * 0.1 * 2.2414 / 1.96, rel=1e-4)
 
 
 # --- side by side, of made-up figures
@@ -124,7 +151,10 @@ def test_ours_stands_beside_the_papers_with_what_can_be_told_apart():
     result = made_up(planned("table2", corpora=("novels",)), lambda row, seed, text: ORDER[row] + seed * 0.001)
     clean, otherwise, corrupt, _, routing = views(result)
     assert clean.head[:3] == ("method", "teacher-forced", "honest")
-    assert clean.head[3:] == ("paper, Enwik8", "paper, Text8", "paper, WikiText-103", "paper, lm1b")
+    assert clean.head[3:] == (
+        *("paper, Enwik8\nbits", "paper, Text8\nbits"),
+        *("paper, WikiText-103\nperplexity", "paper, lm1b\nperplexity"),
+    )
     first = clean.rows[0]
     assert first[1:3] == ("1.011 (0.001)~", "1.025 ±0.001 (0.001)~")
     assert first[3:] == ("1.18", "1.20", "29.20", "56.90")
@@ -138,6 +168,7 @@ def test_ours_stands_beside_the_papers_with_what_can_be_told_apart():
     assert "By the teacher-forced figure no ranking can be read among USMoE k=2 (lowest) and EC sigmoid" in said
     assert "No difference between the two means anything" in said
     assert "Student's t" in said
+    assert "Bands are of the difference to the lowest row, 95 % for all rows together (Bonferroni)" in said
     assert "4 % of the words of the test split are AAA: 3." in " ".join(corrupt.says)
     assert routing.rows[0][1:] == ("2.00", "3.0", "0.50", "1.00", "100.0", "100", "90", "1.0")
     assert any(line.startswith("Text: novels, byte by byte") for line in routing.differs)
@@ -182,8 +213,21 @@ def test_markdown_has_a_section_for_each_table():
     result = made_up(planned("table2", corpora=("novels",)), lambda row, seed, text: ORDER[row])
     text = markdown(result)
     assert text.count("## table2, small scale, novels") == 5
-    assert text.count("`usmoe reproduce table2 --scale small`") == 1
+    assert text.count("`usmoe reproduce table2 --scale small --corpus novels`") == 1
+    assert "| paper, Enwik8, bits |" in text
     assert "\n\nThe methods:\n\n- SMoE: " in text
+
+
+def test_at_eighty_columns_heads_break_at_spaces_and_figures_do_not(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = made_up(planned("table2", corpora=("novels",)), lambda row, seed, text: ORDER[row])
+    for view in views(result):
+        print_view(view)
+        said = capsys.readouterr().out
+        table = said.partition("\n")[2].split("\n\n")[0]
+        assert max(map(len, said.splitlines())) <= 80
+        words = set(table.split())
+        assert all(set(word.split()) <= words for row in (view.head, *view.rows) for word in row), table
 
 
 def test_every_row_of_the_paper_has_ours():
@@ -208,8 +252,11 @@ def test_the_page_of_results_has_every_table_and_draws_figures(tmp_path):
             curve = {"step": (2, 4), "dropped": (0.1, 0.2)}
             result = dataclasses.replace(result, curves={one.name: curve for one in made.runs})
         save(result, find(name, part).path(tmp_path, "small"))
+    trial = made_up(planned("table2", corpora=("novels",), seeds=1, steps=7), lambda row, seed, text: 0.7)
+    save(trial, tmp_path / "table2-small-0123abcd.json")
     text = page(tmp_path, tmp_path)
     assert text.index("## table2, small scale") < text.index("## figure12 --part b, small scale")
+    assert text.index("--corpus novels --seeds 1`") < text.index("--corpus novels --seeds 1 --steps 7`")
     assert "![dropped tokens in pre-training](figure12-b-small.png)" in text
     assert (tmp_path / "figure12-b-small.png").read_bytes().startswith(b"\x89PNG")
     assert "| dropped, 100 % of steps |" in text

@@ -230,6 +230,11 @@ def _sentences(one: Scored) -> list[str]:
         said.append(f"{one.known:,} of the {one.counts['test']:,} test texts stand among the training texts, too.")
     if one.cut:
         said.append(f"{one.cut:,} test texts are longer than {one.config.length} tokens; their ends were not read.")
+    if one.empty:
+        said.append(f"Texts without a word, of all that were read: {one.empty:,}; to the model each is a line end.")
+    if one.unknown:
+        share = f"{100 * one.unknown:.1f} %" if one.unknown >= 0.001 else "Less than 0.1 %"
+        said.append(f"{share} of the test's tokens are unknown to the checkpoint's vocabulary; all of them read alike.")
     if not one.alone:
         said.append("Under this router a text's class depends on the texts beside it in a batch.")
     return said

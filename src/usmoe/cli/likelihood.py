@@ -15,6 +15,7 @@ from usmoe.reproduce.view import View
 
 if TYPE_CHECKING:
     from usmoe.data.array import Tokens
+    from usmoe.data.corpus import Corpus
     from usmoe.data.prepare import Prepared
     from usmoe.report.estimate import Honest
     from usmoe.train.config import Evaluation
@@ -59,6 +60,7 @@ def figures_of_run(
     Raises ValueError where the folder holds no run, where the text is missing or cannot be read by the model's
     vocabulary, and for a router or a k that the model cannot have.
     """
+    from usmoe.data.vocabulary import share_unknown
     from usmoe.routing.text import parse_router
     from usmoe.train.evaluation import evaluate_model
     from usmoe.train.figures import Serving
@@ -80,10 +82,20 @@ def figures_of_run(
         served.append(Serving(how="threshold", k=k, calibrated=True))
         wanted.add("validation")
     given = _corpus(folder, trained, learned, cache, data, offline) if wanted else None
+    read = _tokens_of(text, trained) if text is not None or given is None else given.tokens[split]
+    read_until = read if setting.tokens is None else read[: setting.tokens]
+    if not len(read):
+        raise ValueError(f"{text or split} holds no text. Give some.")
+    unknown = share_unknown(trained.vocabulary, read_until)
+    if unknown == 1:
+        raise ValueError(
+            f"Every token of {text or split} is unknown to the model, whose vocabulary is of another text. Give one "
+            "that it can read."
+        )
     with _precision(device, dtype):
-        return evaluate_model(
+        figures = evaluate_model(
             trained,
-            _tokens_of(text, trained) if text is not None or given is None else given.tokens[split],
+            read,
             setting,
             positions=positions,
             served=served,
@@ -92,6 +104,17 @@ def figures_of_run(
             seed=seed,
             progress=True,
         )
+    name = f"{text}" if text is not None else _name_of(trained.config.corpus, split)
+    return dataclasses.replace(figures, text=name, unknown=unknown)
+
+
+def _name_of(corpus: Corpus, split: str) -> str:
+    """A split and its corruption: enwik8, test, 4 % of the words replaced by AAA."""
+    words = f"{corpus.source}, {split}"
+    if corpus.corrupt_mode is None or split not in corpus.corrupt_splits:
+        return words
+    how = {"replace": "replaced by AAA", "insert": "with AAA before them"}[corpus.corrupt_mode]
+    return f"{words}, {100 * corpus.corrupt_rate:g} % of the words {how}"
 
 
 def _text_of(folder: Path) -> str | None:
@@ -178,14 +201,17 @@ def _corpus(
 
 
 def _tokens_of(text: Path | None, trained: Trained) -> Tokens:
-    """Of a file, or of stdin for "-": any bytes, or UTF-8 where a token is more than a byte."""
-    if trained.vocabulary.level != "byte":
-        return trained.vocabulary.encode(options.read_text(str(text)))
+    """Of a file as training reads one (.gz, .zip and .parquet too), or of stdin for "-": any bytes, or UTF-8 where a
+    token is more than a byte."""
+    from usmoe.data.text import FilePart, Text, decoded
+
+    bytewise = trained.vocabulary.level == "byte"
     if str(text) == "-":
-        return trained.vocabulary.encode(sys.stdin.buffer.read())
+        return trained.vocabulary.encode(sys.stdin.buffer.read() if bytewise else options.read_text("-"))
     if text is None or not text.is_file():
         raise ValueError(f"There is no file {text}. Give one to read, or - for stdin.")
-    return trained.vocabulary.encode(text.read_bytes())
+    whole = Text(parts=(FilePart(text),))
+    return trained.vocabulary.encode(b"".join(whole.blocks()) if bytewise else "".join(decoded(whole)))
 
 
 def _precision(device: str, dtype: str) -> contextlib.AbstractContextManager[Any]:
@@ -210,9 +236,12 @@ def view_of(figures: Figures, folder: Path, dtype: str = "float32") -> View:
         rows += [_row(name, figures, read.forced), _honest_row(f"{name}, honest", figures, read.honest)]
     setting = figures.setting
     says = [
-        f"{figures.tokens:,} tokens; {', '.join(figures.routers) or 'dense'}; step {figures.step} of {folder}.",
+        f"{figures.text}: {figures.tokens:,} tokens.",
+        f"{', '.join(figures.routers) or 'dense'}; step {figures.step} of {folder}.",
         f"Read in segments of {setting.segment} after {setting.memory} remembered tokens, in {dtype}.",
     ]
+    if figures.unknown:
+        says.append(f"{100 * figures.unknown:.1f} % of the tokens are unknown to the model's vocabulary.")
     sampled = max(one.positions for one in (figures.honest, *(read.honest for read in figures.under.values())))
     if sampled:
         says.append(f"Honest: each token from those before it alone, {sampled} positions.")

@@ -38,30 +38,41 @@ def reproduce(
         Path, typer.Option(help="The folder for results, and for what a run that was stopped had finished.")
     ] = Path("usmoe-results"),
     tasks: Annotated[
-        list[str] | None, typer.Option(help="Of embeddings: a task by mteb's name or the paper's; may be given again.")
+        list[str] | None,
+        typer.Option(help="Of embeddings and table13: a data set, by the paper's name or mteb's; may be given again."),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Of embeddings: texts in a batch; without it 32, or 128 at paper scale.", min=1)
     ] = None,
     rows: Annotated[
         list[str] | None,
-        typer.Option("--row", help="Of training: a row, or another method (usmoe, remoe); may be given again."),
+        typer.Option(
+            "--row", help="Of training and table13: a row, or another method (usmoe, remoe); may be given again."
+        ),
     ] = None,
     corpora: Annotated[
-        list[str] | None, typer.Option("--corpus", help="Of training: one of its texts; may be given again.")
+        list[str] | None,
+        typer.Option("--corpus", help="Of training and table13: one of the texts trained on; may be given again."),
     ] = None,
     routers: Annotated[
         list[str] | None,
-        typer.Option("--router", help='Of training: a row of your own, "usmoe(k=2, alpha=0.3)" or module:name.'),
+        typer.Option(
+            "--router", help='Of training and table13: a row of your own, "usmoe(k=2, alpha=0.3)" or module:name.'
+        ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Of training: how many, counted from --seed.", min=1)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Of training and table13: how many, counted from --seed.", min=1)
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Of training: optimizer steps in place of the scale's.", min=1)
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG, of a figure.")] = None,
     markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write the comparison as Markdown.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Run again, and replace the result and files. Trained models stay.")
+        bool,
+        typer.Option(
+            "--force", help="Run again, and replace the result and files. Trained models and classifiers stay."
+        ),
     ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -75,7 +86,8 @@ def reproduce(
     """Run a table or figure of arXiv 2503.22996, and print the paper's figures and ours, with what differs.
 
     A run that was stopped goes on where it was, and tables share what they have in common. A result that is there for
-    the same settings is shown, not run again; one of other settings is written beside it.
+    the same settings is shown, not run again. table5-small.json is the table as it is; with options (--row, --router,
+    --corpus, --tasks, --seeds, --steps ...) a digest of the settings stands behind its name.
 
     Examples: usmoe reproduce --list; usmoe reproduce table5 --data DIR; usmoe reproduce table7 --scale paper;
     usmoe reproduce table14 --data DIR --corpus novels --row usmoe --router "usmoe(k=2, alpha=0.3)"
@@ -93,7 +105,8 @@ def reproduce(
     kind = kind_of(experiment)
     if plot is not None:
         kind.refuse_picture(experiment)
-    picture, page = (options.output_path(path, force) for path in (plot, markdown_path))
+    picture = options.output_path(plot, force, "--plot")
+    page = options.output_path(markdown_path, force, "--markdown")
     asked = Asked(
         scale=scale,
         data=data,
@@ -115,7 +128,7 @@ def reproduce(
     if result is not None:
         sys.stderr.write(f"Shown from {path}; --force runs it again.\n")
     else:
-        if said := kind.announce(plan, offline):
+        if said := kind.announce(plan, offline, force):
             sys.stderr.write(f"{said}\n")
         if kind.TRAINS:
             keep_memory()
@@ -145,14 +158,19 @@ def _list(results: Path, as_json: bool) -> None:
     """One line an experiment, beginning with its name as typed."""
     folders = [folder for folder in (_own_results(), results) if folder is not None]
     run = {name: one.scales_run(folders) for name, one in EXPERIMENTS.items()}
+    others = {name: one.with_options(folders) for name, one in EXPERIMENTS.items()}
     if as_json:
         options.write_json(
-            [dataclasses.asdict(one) | {"scales": one.scales, "run": run[name]} for name, one in EXPERIMENTS.items()]
+            [
+                dataclasses.asdict(one) | {"scales": one.scales, "run": run[name], "with_options": others[name]}
+                for name, one in EXPERIMENTS.items()
+            ]
         )
         return
     for name, one in EXPERIMENTS.items():
         status = "not built yet" if not one.built else f"run: {', '.join(run[name])}" if run[name] else "not run yet"
         later = "" if one.built else f" (comes with {one.waits_for})"
+        later += f" ({others[name]} with options)" if others[name] else ""
         sys.stdout.write(f"{name:<17}  {status:<17}  {one.title}{later}\n")
 
 

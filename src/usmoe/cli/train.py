@@ -114,7 +114,7 @@ def train(
             "level": level,
             "corrupt_mode": corrupt_mode,
             "corrupt_rate": corrupt_rate,
-            "corrupt_splits": corrupt_splits or None,
+            "corrupt_splits": tuple(options.listed(corrupt_splits)) if corrupt_splits else None,
         },
         router=router,
         changes=change or (),
@@ -263,6 +263,8 @@ def _sized(
 
 
 def _export(folder: Path, export: Path) -> None:
+    import torch
+
     from usmoe.data.bpe import Pieces
     from usmoe.train.export import export as write
     from usmoe.train.folder import load_run
@@ -270,9 +272,10 @@ def _export(folder: Path, export: Path) -> None:
     trained = load_run(folder)
     words, context = trained.vocabulary, trained.config.segment
     tokenizer = words.for_transformers(context) if isinstance(words, Pieces) else None
-    write(trained.model, tokenizer, export, context=context)
-    without = "" if tokenizer else " (without a tokenizer, which level=bpe has)"
-    sys.stderr.write(f"Exported: {export}{without}\n")
+    precision = trained.config.precision  # a run in bfloat16 loses nothing that it computed with
+    write(trained.model, tokenizer, export, context=context, dtype=getattr(torch, precision))
+    without = "" if tokenizer else ", without a tokenizer, which level=bpe has"
+    sys.stderr.write(f"Exported: {export} ({precision}{without})\n")
 
 
 def keep_memory() -> None:

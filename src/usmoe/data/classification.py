@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -114,8 +115,8 @@ def classification(asked: Labelled, data: Path | None = None, *, offline: bool =
     labels (SST-2 on the hub) or is not there, validation is the test; what is missing then is set aside from train, by
     class and seed, so that equal texts stay together.
 
-    Raises ValueError as `labelled_rows` does, and for rows without a label, a label that training never has, fewer than
-    two classes, and too few rows to set some aside.
+    Raises ValueError as `labelled_rows` does, and for rows without a label, a label that training never has or calls
+    otherwise, fewer than two classes, and too few rows to set some aside or to learn every class from.
     """
     splits = labelled_rows(
         asked.source, data, offline=offline, text_column=asked.text_column, label_column=asked.label_column
@@ -123,16 +124,21 @@ def classification(asked: Labelled, data: Path | None = None, *, offline: bool =
     if "train" not in splits or not splits["train"].labelled:
         there = ", ".join(rows.place for rows in splits.values())
         raise ValueError(f"{asked.source} has no labelled rows to train on, but {there}. Give a file called train.")
-    withheld = [split for split in splits if split != "train" and not splits[split].labelled]
+    withheld = {split: rows.place for split, rows in splits.items() if split != "train" and not rows.labelled}
     keys = _keys(splits["train"])
+    if asked.train_rows is not None and asked.train_rows < len(keys):
+        raise ValueError(
+            f"train_rows={asked.train_rows} leaves some of the {len(keys)} classes without a text to learn from. Give "
+            f"{len(keys)} or more, or leave it out."
+        )
     names = splits["train"].names
-    found = {
-        split: _examples(rows, keys, splits["train"].place) for split, rows in splits.items() if split not in withheld
-    }
-    parts = _parts(found, asked, [splits[split].place for split in withheld])
+    classes = tuple(names.get(key, key) for key in keys)
+    found = {split: _examples(rows, keys, splits["train"]) for split, rows in splits.items() if split not in withheld}
+    parts = _parts(found, asked, withheld)
     for number, part in enumerate(PARTS):
         parts[part] = _at_most(parts[part], asked.rows(part), (asked.split_seed, 2 + number))
-    return Classification(source=asked.source, classes=tuple(names.get(key, key) for key in keys), **parts)
+    parts["train"] = _said_of_absent(parts["train"], classes)
+    return Classification(source=asked.source, classes=classes, **parts)
 
 
 def _keys(train: LabelledRows) -> list[str]:
@@ -144,7 +150,14 @@ def _keys(train: LabelledRows) -> list[str]:
     return sorted(keys, key=(lambda key: (int(key), key)) if numbers else None)
 
 
-def _examples(rows: LabelledRows, keys: Sequence[str], train: str) -> Examples:
+def _examples(rows: LabelledRows, keys: Sequence[str], train: LabelledRows) -> Examples:
+    for key in keys:
+        name, own = rows.names.get(key), train.names.get(key)
+        if name is not None and own is not None and name != own:
+            raise ValueError(
+                f"{rows.place} calls the label {key} {name!r}, and {train.place} {own!r}. Number the classes of both "
+                "alike."
+            )
     places = {key: place for place, key in enumerate(keys)}
     for number, key in enumerate(rows.keys, 1):
         if key is None:
@@ -155,24 +168,31 @@ def _examples(rows: LabelledRows, keys: Sequence[str], train: str) -> Examples:
             )
         if key not in places:
             raise ValueError(
-                f"Row {number:,} of {rows.place} has the label {rows.names.get(key, key)!r}, which no row of {train} "
+                f"Row {number:,} of {rows.place} has the label {rows.names.get(key, key)!r}, which no row of "
+                f"{train.place} "
                 "has. Take it out, or give rows to learn it from."
             )
     labels = np.array([places[key] for key in rows.keys if key is not None], dtype=np.int64)
     return Examples(texts=rows.texts, labels=labels, rows=f"{rows.place}, {len(labels):,} rows")
 
 
-def _parts(found: Mapping[str, Examples], asked: Labelled, withheld: Sequence[str]) -> dict[str, Examples]:
-    """What each part is made of."""
+def _parts(found: Mapping[str, Examples], asked: Labelled, withheld: Mapping[str, str]) -> dict[str, Examples]:
+    """What each part is made of.
+
+    withheld  {split: what to call it} of those without labels
+    """
+    why = {part: f"; {place} has no labels" for part, place in withheld.items()}
     train, validation, test = (found.get(part) for part in PARTS)
     assert train is not None
     if test is None and validation is not None:
-        why = f"{withheld[0]} has no labels" if withheld else "there is no test split"
-        test, validation = validation.only(np.ones(len(validation), bool), f"{validation.rows}; {why}"), None
+        said = validation.rows + why.get("test", "; there is no test split")
+        test, validation = dataclasses.replace(validation, rows=said), None
     if test is None:
         train, test = _set_aside(train, asked, "test", 0)
+        test = dataclasses.replace(test, rows=test.rows + why.get("test", ""))
     if validation is None:
         train, validation = _set_aside(train, asked, "selection", 1)
+        validation = dataclasses.replace(validation, rows=validation.rows + why.get("validation", ""))
     return {"train": train, "validation": validation, "test": test}
 
 
@@ -197,6 +217,17 @@ def _at_most(examples: Examples, most: int | None, seed: tuple[int, int]) -> Exa
         return examples
     chosen = _drawn(examples.labels, most / len(examples), seed, leave=False)
     return examples.only(chosen, f"{chosen.sum():,} rows drawn by class from: {examples.rows}")
+
+
+def _said_of_absent(train: Examples, classes: Sequence[str]) -> Examples:
+    """The same rows; in words, too, of which classes they have none."""
+    absent = [name for place, name in enumerate(classes) if place not in train.labels]
+    if not absent:
+        return train
+    named = ", ".join(absent[:5]) + (", ..." if absent[5:] else "")
+    return dataclasses.replace(
+        train, rows=f"{train.rows}; no row of {len(absent)} of the {len(classes)} classes ({named})"
+    )
 
 
 def _drawn(

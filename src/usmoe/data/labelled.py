@@ -81,21 +81,25 @@ def labelled_rows(
     data     a folder in place of the hub: a set's, or one of several (usmoe.data.local)
     columns  where text and label stand; None: the first of TEXT_COLUMNS and LABEL_COLUMNS that is there
 
+    A validation or test split with no column of labels has rows without labels, as one that withholds them.
+
     Raises ValueError for what is not there or cannot be read, columns that are not there, texts that are no text, and
     labels that are no classes.
     """
     found: dict[str, LabelledRows] = {}
     for split, (place, rows) in _found(source, data, offline).items():
-        if split not in _SPLITS:  # IMDB's third split, of unlabelled reviews
+        part = _SPLITS.get(split.lower())
+        if part is None:  # IMDB's third split, of unlabelled reviews
             continue
-        if _SPLITS[split] in found:
-            raise ValueError(f"{source} has two splits for {_SPLITS[split]}, {place} among them. Keep one.")
-        text = _column(rows, text_column, TEXT_COLUMNS, "text", place)
+        if part in found:
+            raise ValueError(f"{source} has two splits for {part}, {place} among them. Keep one.")
+        texts = _texts(rows, _column(rows, text_column, TEXT_COLUMNS, "text", place), place)
+        if part != "train" and not _has_labels(rows, label_column):
+            found[part] = LabelledRows(texts=texts, keys=(None,) * len(texts), names={}, place=place)
+            continue
         label = _column(rows, label_column, LABEL_COLUMNS, "label", place)
         keys = _keys(rows, label, place)
-        found[_SPLITS[split]] = LabelledRows(
-            texts=_texts(rows, text, place), keys=keys, names=_names(rows, label, keys), place=place
-        )
+        found[part] = LabelledRows(texts=texts, keys=keys, names=_names(rows, label, keys), place=place)
     return found
 
 
@@ -120,7 +124,7 @@ def _found(source: str, data: Path | None, offline: bool) -> dict[str, tuple[str
 def _at(path: Path) -> dict[str, tuple[str, Dataset]]:
     if path.is_dir():
         return _in_folder(local.at(path))
-    if path.suffix not in local.ENDINGS:
+    if path.suffix.lower() not in local.ENDINGS:
         raise ValueError(f"{path} is no file of rows. Give one of {', '.join(local.ENDINGS)}.")
     from usmoe.data.rows import read
 
@@ -138,7 +142,7 @@ def _local(data: Path, source: str) -> local.LocalData:
 def _in_folder(there: local.LocalData) -> dict[str, tuple[str, Dataset]]:
     from usmoe.data.rows import read
 
-    files = {split: path for split, path in there.files.items() if split in _SPLITS}
+    files = {split: path for split, path in there.files.items() if split.lower() in _SPLITS}
     if not files and len(there.files) == 1:  # one file, whatever it is called
         files = {"train": next(iter(there.files.values()))}
     if not files:
@@ -190,6 +194,11 @@ def _column(rows: Dataset, given: str | None, usual: Sequence[str], what: str, p
     raise ValueError(f"Which column of {place} is the {what}? It has {there}. Say it: --{what}-column NAME.")
 
 
+def _has_labels(rows: Dataset, given: str | None) -> bool:
+    there = {name.strip().casefold() for name in rows.column_names}
+    return given in rows.column_names or not there.isdisjoint(LABEL_COLUMNS)
+
+
 def _texts(rows: Dataset, column: str, place: str) -> tuple[str, ...]:
     texts = list(rows[column])
     for number, text in enumerate(texts, 1):
@@ -236,6 +245,6 @@ def _names(rows: Dataset, column: str, keys: Sequence[str | None]) -> dict[str, 
         if beside in rows.column_names and beside != column:
             pairs = {(key, str(name)) for key, name in zip(keys, rows[beside], strict=True) if key is not None}
             names = dict(pairs)  # pyright: ignore[reportArgumentType]
-            if len(names) == len(pairs) == len(set(names.values())):
+            if None not in list(rows[beside]) and len(names) == len(pairs) == len(set(names.values())):
                 return names
     return {}

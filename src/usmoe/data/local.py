@@ -153,7 +153,7 @@ def _parts(folder: Path) -> bool:
 
 def _data_files(folder: Path, *, deep: bool = True) -> list[Path]:
     paths = [*folder.glob("*"), *(folder.glob("*/*") if deep else ())]
-    return sorted(p for p in paths if p.suffix in ENDINGS and p.name.lower() not in _NO_DATA and p.is_file())
+    return sorted(p for p in paths if p.suffix.lower() in ENDINGS and p.name.lower() not in _NO_DATA and p.is_file())
 
 
 def _split(relative: Path) -> str:

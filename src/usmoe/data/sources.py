@@ -187,9 +187,9 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
         return shards
     found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.iterdir()):
-        *words, kind = f"{path.name.removesuffix('.gz').removesuffix('.zip')}".split(".")
+        *words, kind = path.name.casefold().removesuffix(".gz").removesuffix(".zip").split(".")
         words, kind = ([*words, kind], "") if not words else (words, f".{kind}")
-        named = [_NAMES[word] for word in (_SHARD.sub("", word.casefold()) for word in words) if word in _NAMES]
+        named = [_NAMES[word] for word in (_SHARD.sub("", word) for word in words) if word in _NAMES]
         if path.is_file() and named and kind in _KINDS:
             found.setdefault(named[-1], {}).setdefault(kind, []).append(path)
     best = {split: kinds[min(kinds, key=_KINDS.index)] for split, kinds in found.items()}

@@ -51,7 +51,7 @@ class FilePart:
 
     def blocks(self) -> Iterator[bytes]:
         """Raises ValueError, naming the file, where it is truncated or of another format."""
-        if self.path.suffix == ".parquet":
+        if self.path.suffix.lower() == ".parquet":
             from usmoe.data.rows import lines
 
             yield from lines(self.path)
@@ -65,7 +65,7 @@ class FilePart:
             raise ValueError(f"{self.path} cannot be read: {error}. Put a whole copy there.") from error
 
     def _open(self, stack: contextlib.ExitStack) -> IO[bytes] | gzip.GzipFile:
-        if self.path.suffix == ".gz":
+        if self.path.suffix.lower() == ".gz":
             return stack.enter_context(gzip.open(self.path))
         if not zipfile.is_zipfile(self.path):
             return stack.enter_context(self.path.open("rb"))

@@ -72,6 +72,11 @@ class Characters:
         """Characters, and one for the unknown."""
         return len(self.alphabet) + self.unknown
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The token of what is not in the alphabet."""
+        return len(self.alphabet) if self.unknown else None
+
     @cached_property
     def _points(self) -> Int[np.ndarray, "alphabet"]:
         return _code_points(self.alphabet)
@@ -119,6 +124,11 @@ class Words:
     def size(self) -> int:
         """Words, special ones included."""
         return len(self.words)
+
+    @property
+    def unknown_id(self) -> int:
+        """The token of words that are not known."""
+        return self.words.index(UNKNOWN)
 
     @cached_property
     def _places(self) -> Mapping[str, int]:
@@ -169,6 +179,15 @@ def learn(level: Level, pieces: Iterable[str], *, size: int | None = None, alpha
     if WORD not in ranked:
         ranked = [*(ranked if size is None else ranked[: size - 3]), WORD]
     return Words((EOS, UNKNOWN, *ranked))
+
+
+def share_unknown(vocabulary: Vocabulary, *texts: Int[np.ndarray, "tokens"]) -> float | None:
+    """The share of the tokens of all texts that stand for what the vocabulary does not know, 0 to 1; None where it has
+    no such token, or there are no tokens."""
+    unknown, total = getattr(vocabulary, "unknown_id", None), sum(map(len, texts))
+    if unknown is None or not total:
+        return None
+    return sum(int((one == unknown).sum()) for one in texts) / total
 
 
 def save(vocabulary: Vocabulary, path: Path) -> None:

@@ -84,9 +84,9 @@ class Extractor:
             if logits is None or logits.shape[:2] != tokens.shape:
                 raise ValueError(f"{layer.name} does not read the tokens of a text. Choose other layers.")
             scores = layer.host.weighing_scores(logits.float()) if self.probabilities else logits
-            pooled.append(pool(scores, lengths.to(scores.device)).cpu())
+            pooled.append(pool(scores, lengths.to(scores.device)).float().cpu())
         return Features(
-            hidden=pool(states, lengths.to(states.device)).cpu().numpy() if self.hidden else None,
+            hidden=pool(states, lengths.to(states.device)).float().cpu().numpy() if self.hidden else None,
             router=torch.cat(pooled, 1).numpy() if self.router else None,
         )
 

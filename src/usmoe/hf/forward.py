@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from usmoe.hf.layers import Layer
 from usmoe.hf.masks import MisshapenMaskError, UnreadableMaskError, real_tokens
 from usmoe.hf.memory import cached_length, is_cache, recall, remember
-from usmoe.layers.balance import balance_loss
+from usmoe.layers.balance import pooled_balance_loss
 from usmoe.layers.cut import MovingCut
 from usmoe.routing import OwnChoice
 from usmoe.routing.router import call
@@ -233,7 +233,7 @@ def leave(state: Patch, module: nn.Module, args: Any, kwargs: Any, output: Any) 
 
 
 def _with_our_balance_loss(output: Any, said: list[RouterOutput], coefficient: float) -> Any:
-    loss = balance_loss(said)
+    loss = pooled_balance_loss(said)
     output["router_logits"] = tuple(one.logits.flatten(0, 1) for one in said)
     output["aux_loss"] = loss
     if output.get("loss") is not None:

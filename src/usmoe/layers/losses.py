@@ -50,7 +50,7 @@ def _mean_of_layers(said: Sequence[RouterOutput], of_layer: Callable[[RouterOutp
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else torch.zeros(())
 
 
-def _real_logits(one: RouterOutput) -> tuple[Float[Tensor, "T E"], Bool[Tensor, " T"]]:
+def real_logits(one: RouterOutput) -> tuple[Float[Tensor, "T E"], Bool[Tensor, " T"]]:
     """Logits in float32 at least, 0 in padding (a NaN there times a gradient of 0 is a NaN), and which are real."""
     logits = in_float32_at_least(one.logits).flatten(0, 1)
     real = one.routing.valid
@@ -60,14 +60,14 @@ def _real_logits(one: RouterOutput) -> tuple[Float[Tensor, "T E"], Bool[Tensor, 
 
 
 def _z_of_layer(one: RouterOutput) -> Tensor:
-    logits, real = _real_logits(one)
+    logits, real = real_logits(one)
     real = real & (logits > -torch.inf).any(-1)
     squares = logits.masked_fill(~real.unsqueeze(-1), 0.0).logsumexp(-1).square()
     return squares.where(real, 0.0).sum() / real.sum().clamp(min=1)
 
 
 def _similarity_of_layer(one: RouterOutput) -> Tensor:
-    logits, real = _real_logits(one)
+    logits, real = real_logits(one)
     experts = one.routing.num_experts
     shares = masked_softmax(logits[:, :experts], real.unsqueeze(-1).expand(-1, experts), -1)
     routed = (one.routing.mask() & real.unsqueeze(-1)).to(shares.dtype)

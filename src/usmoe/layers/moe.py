@@ -144,7 +144,7 @@ class MoE(nn.Module):
         """What the gate says, with the noise of training."""
         said = self.gate(x, tokens) if getattr(self.gate, "reads_tokens", False) else self.gate(x)
         gated = said if isinstance(said, GateOutput) else GateOutput(logits=said)
-        if not (self.noise and self.training):
+        if not (self.noise and self.training) or gated.fixed:
             return gated
         noisy = gated.logits + self.noise * torch.randn_like(gated.logits)
         return dataclasses.replace(gated, logits=noisy)

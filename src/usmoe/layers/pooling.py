@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from usmoe.routing.scores import in_float32_at_least
+
 Pooling = Literal["last", "mean", "weighted_mean"]
 
 
 def last(states: Float[Tensor, "B L D"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
     """What is said of the last real token, which has read all others."""
-    return states[torch.arange(len(states), device=states.device), lengths - 1].float()
+    return in_float32_at_least(states[torch.arange(len(states), device=states.device), lengths - 1])
 
 
 def mean(states: Float[Tensor, "B L D"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
@@ -36,8 +38,10 @@ def _real(states: Tensor, lengths: Tensor) -> Tensor:
 
 def _weighted(states: Tensor, weights: Tensor) -> Tensor:
     # padding counts 0 times what it holds, and a hybrid model may leave NaN there
-    kept = states.float().masked_fill((weights == 0).unsqueeze(-1), 0.0)
-    return torch.einsum("bld,bl->bd", kept, weights / weights.sum(1, keepdim=True))
+    kept = in_float32_at_least(states).masked_fill((weights == 0).unsqueeze(-1), 0.0)
+    weights = weights.to(kept.dtype)
+    # no einsum, which autocast would round to bfloat16
+    return (kept * (weights / weights.sum(1, keepdim=True)).unsqueeze(-1)).sum(1)
 
 
 POOLINGS: dict[Pooling, Callable[[Tensor, Tensor], Tensor]] = {
@@ -45,4 +49,5 @@ POOLINGS: dict[Pooling, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": mean,
     "weighted_mean": weighted_mean,
 }
-"""(states (B, L, D), real tokens of each text (B,), padded on the right) -> (B, D), in float32."""
+"""(states (B, L, D), real tokens of each text (B,), padded on the right) -> (B, D), in float32 at least, also under
+autocast."""

@@ -105,6 +105,7 @@ class RelativeAttention(nn.Module):
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.heads, self.size, self.dropout = config.heads, config.size_of_head, config.attention_dropout
+        self.far_dropout = nn.Dropout(config.dropout)
         wide = self.heads * self.size
         self.query = nn.Linear(config.d_model, wide, bias=False)
         self.key_value = nn.Linear(config.d_model, 2 * wide, bias=False)
@@ -121,7 +122,7 @@ class RelativeAttention(nn.Module):
         key, value = (
             part.unflatten(-1, (self.heads, self.size)).transpose(1, 2) for part in self.key_value(seen).chunk(2, -1)
         )
-        far = sinusoid(seen.shape[1], x.shape[-1], x.device, x.dtype)
+        far = self.far_dropout(sinusoid(seen.shape[1], x.shape[-1], x.device, x.dtype))
         distance = self.distance(far).unflatten(-1, (self.heads, self.size)).transpose(0, 1)  # (H, K, d)
         scale = self.size**-0.5
         by_distance = (query + self.distance_bias).to(query.dtype) @ distance.mT * scale  # (B, H, L, K)
@@ -149,6 +150,7 @@ def shift(by_distance: Float[Tensor, "B H L K"]) -> Float[Tensor, "B H L K"]:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept must serve training too
 def _sinusoid(number: int, width: int, device: torch.device) -> Float[Tensor, "K D"]:
     distance = torch.arange(number - 1, -1, -1, dtype=torch.float32, device=device)
     frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
@@ -199,6 +201,7 @@ class RotaryAttention(nn.Module):
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # as above
 def rotation(number: int, size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine (K, d) of the angles of positions 0 to number-1; both halves of a head turn by the same ones."""
     frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)

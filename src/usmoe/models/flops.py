@@ -10,14 +10,15 @@ from usmoe.models.config import LanguageConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Floating-point operations of a forward for one token, two for a multiply-add; all layers together."""
+    """Floating-point operations of a forward for one token, two for a multiply-add; all layers together. Of a sequence
+    by itself: the projections of the distances, which a batch shares, are counted for each."""
 
     experts: float
     """Of the routed experts: in proportion to the pairs."""
     shared: float
     """Of shared experts, or of a dense feed-forward layer."""
     router: float
-    """Of a linear gate."""
+    """Of a linear gate, whichever it is."""
     projections: float
     """Of the attention's matrices."""
     attention: float

@@ -62,9 +62,13 @@ def in_blocks(values: Float[Tensor, " T"], size: int) -> tuple[list[float], list
 
 
 def band(
-    sums: Sequence[float], counts: Sequence[int], *, resamples: int = 1000, seed: int = 0
+    sums: Sequence[float], counts: Sequence[int], *, tail: float = 0.025, resamples: int | None = None, seed: int = 0
 ) -> tuple[float, float] | None:
     """Where 95 % of the resampled means lie, when blocks are drawn with replacement, as many as there are.
+
+    tail       share of the means on each side of the band; 0.025 leaves 95 % within
+    resamples  None: so many that 25 lie on each side
+
 
     Neighbouring tokens of a text are alike, and neighbouring blocks hardly: so blocks are drawn, which do not overlap
     (Carlstein 1986). Sums of differences between two models on the same text give the paired band of the difference.
@@ -72,7 +76,8 @@ def band(
     """
     if len(sums) < 2:
         return None
+    resamples = math.ceil(25 / tail) if resamples is None else resamples
     chosen = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     means = np.asarray(sums)[chosen].sum(1) / np.asarray(counts)[chosen].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -3,7 +3,8 @@
 experiment.py        every table and figure by name, built or not
 paper/, figures.py   what the paper prints, with what does not add up in it
 kind.py              what every kind of experiment can do: embeddings/, training/ ...
-saved.py             results on disk
+saved.py             results on disk, and the command that gives each
+given.py             what a configuration says beside its defaults, and digests
 paired.py            which rows can be told apart
 view.py, views.py    tables in words; those of `usmoe eval`
 """

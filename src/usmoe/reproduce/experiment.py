@@ -54,10 +54,26 @@ class Experiment:
         """Where its result lies in a folder of results."""
         return folder / f"{self.slug}-{scale}.json"
 
+    def paths(self, folder: Path, scale: Scale) -> list[Path]:
+        """The results that lie in a folder: that of the experiment as it is, then those of options, by name."""
+        path = self.path(folder, scale)
+        others = sorted(folder.glob(f"{path.stem}-{'[0-9a-f]' * 8}{path.suffix}"))
+        return [one for one in (path, *others) if one.is_file()]
+
     def scales_run(self, folders: Iterable[Path]) -> tuple[Scale, ...]:
         """The scales of which one of the folders holds a result."""
         folders = tuple(folders)
         return tuple(scale for scale in self.scales if any(self.path(folder, scale).is_file() for folder in folders))
+
+    def with_options(self, folders: Iterable[Path]) -> int:
+        """How many results of options lie in the folders, of all scales."""
+        found = [
+            path != self.path(folder, scale)
+            for folder in folders
+            for scale in self.scales
+            for path in self.paths(folder, scale)
+        ]
+        return sum(found)
 
 
 def _built(name: str, title: str, shows: str, kind: KindName = "embeddings") -> Experiment:

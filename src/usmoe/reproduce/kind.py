@@ -10,7 +10,6 @@ A new kind is a module with these functions, and a line in `kind_of`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,9 @@ from typing import Any, Protocol
 
 from usmoe.reproduce.experiment import EXPERIMENTS, Experiment, Scale
 from usmoe.reproduce.view import View
+
+NOT_ASKED = "not asked for"
+"""Why a text or a data set is left out: because options name others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Asked:
     corpora: tuple[str, ...] = ()
     """Of training and fine-tuning: some of the texts that are trained on."""
     routers: tuple[str, ...] = ()
-    """Of training: rows beside the experiment's own, routers as typed."""
+    """Of training and fine-tuning: rows beside the experiment's own, routers as typed."""
     seeds: int | None = None
     """Of training and fine-tuning: how many, counted from `seed`."""
     steps: int | None = None
@@ -90,6 +92,16 @@ class Plan(Protocol):
         """As JSON, with every setting."""
         ...
 
+    def basis(self) -> dict[str, Any]:
+        """What its result rests on, as JSON: plans of one basis give one result. Without what is no setting (device,
+        folder of data) and without words."""
+        ...
+
+    def options(self) -> tuple[str, ...]:
+        """Words of the command line by which it differs from the experiment as it is: --seeds, 1. Empty where it does
+        not."""
+        ...
+
 
 class Result(Protocol):
     """What came out of a plan."""
@@ -119,8 +131,9 @@ class Kind(Protocol):
         """Raises ValueError for what cannot be run, and for what is asked and means nothing here."""
         ...
 
-    def announce(self, plan: Any, offline: bool) -> str:
-        """A sentence on what a run trains or fetches; empty where there is nothing to say."""
+    def announce(self, plan: Any, offline: bool, anew: bool) -> str:
+        """A sentence on what a run trains or fetches, and on what `anew` leaves as it is; empty where there is nothing
+        to say."""
         ...
 
     def run(self, plan: Any, results: Path, *, offline: bool, anew: bool, done: Callable[[str], None]) -> Any:
@@ -164,7 +177,10 @@ def of_result(result: Result) -> Kind:
     return kind_of(EXPERIMENTS[result.plan.experiment])
 
 
-def changed(one: Any, other: Any) -> list[str]:
-    """Names of the fields by which two plans differ; the folder of the data may have moved."""
-    names = (field.name for field in dataclasses.fields(one))
-    return [name for name in names if name != "data" and getattr(one, name) != getattr(other, name)]
+def words(**options: Any) -> tuple[str, ...]:
+    """Options as they are typed: a name without dashes, and a value, several, or None where it is not given."""
+    found: list[str] = []
+    for name, value in options.items():
+        for one in value if isinstance(value, tuple) else () if value is None else (value,):
+            found += [f"--{name.replace('_', '-')}", str(one)]
+    return tuple(found)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from usmoe.report.whole import whole_json
 from usmoe.reproduce.experiment import EXPERIMENTS
-from usmoe.reproduce.kind import Plan, Result, changed, kind_of, of_result
+from usmoe.reproduce.given import digest_of
+from usmoe.reproduce.kind import Plan, Result, kind_of, of_result
 from usmoe.reproduce.view import as_markdown
 
 
@@ -30,26 +31,38 @@ def load(path: Path) -> Any:
 
 
 def place_of(plan: Plan, path: Path, *, anew: bool = False) -> Path:
-    """Where the result of a plan lies, or is to be written: at `path`, or where that holds a result of other settings,
-    beside it, under a digest of these.
+    """Where the result of a plan lies, or is to be written.
 
-    anew  what holds none at all is to be replaced; without it ValueError is raised
+    At `path` that of the experiment as it is; beside it, under a digest of its settings, that of a plan with options,
+    which may be a trial, and one for which `path` is taken by other settings. What lies at `path` already and is of the
+    same settings stays there, with options or without.
+
+    anew  a file at `path` that holds no result is to be replaced; without it ValueError is raised
     """
+    digest = _digest(plan)
+    own = path.with_name(f"{path.stem}-{digest}{path.suffix}")
+    if not path.exists():
+        return own if plan.options() else path
     try:
-        if not path.exists() or not changed(load(path).plan, plan):
-            return path
+        return path if _digest(load(path).plan) == digest else own
     except ValueError:
+        if plan.options():
+            return own
         if anew:
             return path
         raise
-    said = {name: value for name, value in plan.to_dict().items() if name != "data"}  # which may have moved
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
-    return path.with_name(f"{path.stem}-{digest}{path.suffix}")
+
+
+def _digest(plan: Plan) -> str:
+    return digest_of({"experiment": plan.experiment, "scale": plan.scale, **plan.basis()})
+
+
+def command(plan: Plan) -> str:
+    """The command line that gives a plan, but for the folder of data."""
+    return " ".join([f"usmoe reproduce {plan.experiment} --scale {plan.scale}", *map(shlex.quote, plan.options())])
 
 
 def markdown(result: Result) -> str:
     """The result as sections of Markdown, the first with the command that gives it."""
-    plan = result.plan
-    command = f"usmoe reproduce {plan.experiment} --scale {plan.scale}"
     views = of_result(result).views(result, wide=True)
-    return "\n".join(as_markdown(view, command if at == 0 else "") for at, view in enumerate(views))
+    return "\n".join(as_markdown(view, "" if at else command(result.plan)) for at, view in enumerate(views))

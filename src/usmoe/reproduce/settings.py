@@ -34,6 +34,16 @@ class Plan:
     def parts(self) -> int:
         return 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; every configuration whole."""
+        return dataclasses.asdict(self)
+
+    def basis(self) -> dict[str, Any]:
+        return {"settings": self.settings}
+
+    def options(self) -> tuple[str, ...]:
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -42,7 +52,7 @@ class Result:
     plan: Plan
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, "plan": dataclasses.asdict(self.plan)}
+        return {"schema": SCHEMA, "plan": self.plan.to_dict()}
 
 
 def plan(experiment: Experiment, asked: Asked) -> Plan:
@@ -66,7 +76,7 @@ def _settings(experiment: Experiment, scale: Scale) -> dict[str, dict[str, Any]]
     return {name: (small(name) if scale == "small" else FINETUNE_PRESETS[name]).to_dict() for name in _FINETUNING}
 
 
-def announce(plan: Plan, offline: bool) -> str:
+def announce(plan: Plan, offline: bool, anew: bool) -> str:
     return ""
 
 

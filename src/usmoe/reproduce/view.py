@@ -8,6 +8,13 @@ PAPER = "  paper"
 """Where a row of the paper's has no task."""
 
 
+FOR_THEIR_ORDER = (
+    "The paper's figures stand beside ours for their order alone: other text, another size, other steps. No difference "
+    "between the two means anything."
+)
+"""Of training at small scale."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class View:
     """What is to be shown of results."""

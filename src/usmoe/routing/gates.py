@@ -28,6 +28,16 @@ class GateOutput:
     """Logits of a second router that learns the route of the first; None where nothing is distilled."""
     host: Host | None = None
     """The rule by which the router reads the logits where its own fields say nothing; None: that of `route()`."""
+    fixed: bool = False
+    """Whether the route is to stay what it is: a layer adds no noise to such logits."""
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear map in the wider of both dtypes, also under autocast: rounded logits are another route, and unstable in
+    training (Fedus et al. 2022, arXiv 2101.03961, section 2.4)."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
 class LinearGate(nn.Module):
@@ -41,7 +51,7 @@ class LinearGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens E"]:
         """Logits of each token for each expert."""
-        return F.linear(x, self.weight, self.bias)
+        return _linear(x, self.weight, self.bias)
 
 
 class CosineGate(nn.Module):
@@ -62,8 +72,8 @@ class CosineGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens E"]:
         """Logits of each token for each expert."""
-        token = F.normalize(in_float32_at_least(F.linear(x, self.projection)), dim=-1)
-        cosine = token @ F.normalize(self.experts.to(token.dtype), dim=-1).T
+        token = F.normalize(in_float32_at_least(_linear(x, self.projection)), dim=-1)
+        cosine = _linear(token, F.normalize(self.experts.to(token.dtype), dim=-1))
         return cosine / self.log_temperature.to(token.dtype).exp()
 
 
@@ -78,10 +88,10 @@ class NoisyGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens E"]:
         """Logits of each token for each expert."""
-        logits = F.linear(x, self.weight)
+        logits = _linear(x, self.weight)
         if not self.training:
             return logits
-        return logits + torch.randn_like(logits) * F.softplus(F.linear(x, self.noise))
+        return logits + torch.randn_like(logits) * F.softplus(_linear(x, self.noise))
 
 
 class FrozenGate(nn.Module):
@@ -96,7 +106,7 @@ class FrozenGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens E"]:
         """Logits of each token for each expert."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return _linear(x, self.weight)
 
 
 class StableGate(nn.Module):
@@ -152,10 +162,10 @@ class StableGate(nn.Module):
                 f"The stable gate routes by token ids, and was given {given}. "
                 f"Call the layer with tokens={tuple(x.shape[:-1])} ids."
             )
-        affinity = in_float32_at_least(F.linear(x, self.weight.to(x.dtype)))
-        light = in_float32_at_least(F.linear(F.embedding(tokens, self.words), self.experts))
+        affinity = in_float32_at_least(_linear(x, self.weight))
+        light = in_float32_at_least(_linear(F.embedding(tokens, self.words), self.experts))
         if self._second_stage:
-            return GateOutput(logits=light.detach(), weights=affinity.sigmoid())
+            return GateOutput(logits=light.detach(), weights=affinity.sigmoid(), fixed=True)
         return GateOutput(logits=affinity, weights=affinity.sigmoid(), distilled=light)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -203,7 +213,7 @@ class BiasGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens D"]) -> GateOutput:
         """Logits of each token for each expert, and the biased rule."""
-        return GateOutput(logits=F.linear(x, self.weight), host=Host(score=self.score, bias=self.bias.clone()))
+        return GateOutput(logits=_linear(x, self.weight), host=Host(score=self.score, bias=self.bias.clone()))
 
     @torch.no_grad()
     def observe(self, routing: Routing) -> None:

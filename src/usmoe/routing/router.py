@@ -122,7 +122,8 @@ def refuse_what_is_no_router(router: Any) -> None:
 
 
 def call(router: Any, logits: Tensor, valid: Tensor | None, **given: Any) -> Routing:
-    """What a router says; `given` without what is None, so that a router of the user's own need not know it.
+    """What a router says; `given` without what is None, so that a router of the user's own need not know it. Where it
+    does not say what is padding, its Routing does all the same.
 
     Raises TypeError where it returns anything but a Routing.
     """
@@ -132,6 +133,8 @@ def call(router: Any, logits: Tensor, valid: Tensor | None, **given: Any) -> Rou
             f"The router {router} returned a {type(routing).__name__}. A router returns a usmoe.Routing; "
             "Routing.from_dense(weights, mask) makes one."
         )
+    if routing.valid is None and valid is not None:
+        return dataclasses.replace(routing, valid=valid.reshape(-1).bool())
     return routing
 
 

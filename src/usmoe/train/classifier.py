@@ -47,5 +47,6 @@ class Classifier(nn.Module):
     def forward(self, tokens: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"]) -> Classified:
         """Logits of each text. Every row of `valid` begins with a real token and ends with its padding."""
         out = self.body(tokens, valid=valid)
-        logits = self.head(POOLINGS[self.pooling](out.hidden, valid.sum(1)))
+        pooled = POOLINGS[self.pooling](out.hidden, valid.sum(1))
+        logits = self.head(pooled.to(next(self.head.parameters()).dtype))
         return Classified(logits=logits if logits.dtype.itemsize >= 4 else logits.float(), said=out.said)

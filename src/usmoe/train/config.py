@@ -113,6 +113,10 @@ class TrainConfig:
         _refuse_below(0, self, "memory", "warmup", "decay", "clip", "weight_decay", *losses)
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr} learns nothing. Give one above 0.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is impossible. Give a whole number from 0 to 2^63 - 1.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} are impossible. Give two numbers from 0, below 1.")
         if self.order == "windows" and self.memory:
             raise ValueError("order=windows has nothing to remember between segments. Give memory=0, or order=streams.")
         if self.batch % self.accumulate:
@@ -193,6 +197,8 @@ def read_config(path: Path) -> TrainConfig:
         data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
         if not isinstance(data, dict):
             raise ValueError("it holds no table")
+        if "schema" in data:  # the config.json of a run
+            data = {name: value for name, value in data.items() if name not in ("schema", "text")}
         return TrainConfig.from_dict(data)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error

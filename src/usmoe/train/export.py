@@ -77,9 +77,13 @@ def as_olmoe(model: LanguageModel, *, context: int, k: int = 2) -> Any:
     return theirs
 
 
-def export(model: LanguageModel, tokenizer: Any, folder: Path, *, context: int, dtype: torch.dtype = torch.bfloat16):
+def export(
+    model: LanguageModel, tokenizer: Any, folder: Path, *, context: int, dtype: torch.dtype = torch.float32
+) -> None:
     """Write the model as transformers reads it (`usmoe.from_pretrained(folder)` brings its routers back), and its
     tokenizer where there is one; the folder is there whole or not at all.
+
+    dtype  of the file: bfloat16 is half as large, and rounds
 
     Raises ValueError for a model that OLMoE cannot be, and for a folder that is not empty.
     """

@@ -119,7 +119,11 @@ class Figures:
     unserved: Mapping[str, str] = field(default_factory=dict)
     """Why there is no such figure, by the same names."""
     under: Mapping[str, Reading] = field(default_factory=dict)
-    """Under other routers, by their names; in saved figures it may be missing."""
+    """Under other routers, by their names. In saved figures this and the next two may be missing."""
+    text: str = ""
+    """What was read: a file, or a split of a corpus, and how it was corrupted."""
+    unknown: float | None = None
+    """Share of its tokens that stand for what the vocabulary does not know, 0 to 1; None where it has no such token."""
 
     def stated(self, nats: float) -> float:
         """Bits a character or byte, or perplexity a word, of nats a token."""
@@ -145,7 +149,7 @@ class Figures:
     def from_dict(data: Mapping[str, Any]) -> Figures:
         """What `to_dict` made. Raises ValueError for other fields."""
         known = {one.name for one in dataclasses.fields(Figures)}
-        wrong = sorted((set(data) | {"under"}) ^ known)
+        wrong = sorted((set(data) | {"under", "text", "unknown"}) ^ known)
         if wrong:
             raise ValueError(
                 f"These are no figures of this version: {', '.join(wrong)} is too much or missing. Measure the model "

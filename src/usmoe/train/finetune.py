@@ -9,7 +9,6 @@ predictions.npy    the class of each test row, in their order: two runs can be c
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -26,9 +25,11 @@ from usmoe.models.flops import flops
 from usmoe.report.whole import whole, whole_json
 from usmoe.train.agreement import agreement
 from usmoe.train.classify import classify
+from usmoe.train.device import place_of
 from usmoe.train.finetune_config import FinetuneConfig
 from usmoe.train.finetune_loop import FinetuneLoop
 from usmoe.train.finetuned import (
+    begun_with,
     classifier_of,
     is_finetuned,
     read_weights,
@@ -36,7 +37,6 @@ from usmoe.train.finetuned import (
     start_of,
 )
 from usmoe.train.folder import SCHEMA, RunFolder
-from usmoe.train.loop import place_of
 from usmoe.train.scored import Scored
 from usmoe.train.stop import Stopped, stoppable
 from usmoe.train.texts import Texts
@@ -136,10 +136,7 @@ def _begin(
 
 def _begun(run: RunFolder) -> dict[str, Any]:
     """What the run in a folder was begun with, as `_compared` has it."""
-    path = run.path / "config.json"
-    said = json.loads(path.read_text(encoding="utf-8"))
-    if said.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is of another version of usmoe, and this one reads schema {SCHEMA}.")
+    said = begun_with(run.path)
     return {**said["config"], "checkpoint": said["start"], "rows": said["task"]["digest"]}
 
 
@@ -184,6 +181,9 @@ def _tested(loop: FinetuneLoop, start: dict[str, Any], stop: threading.Event) ->
         test_seconds=time.monotonic() - began,
         start=start,
         config=config,
+        names=task.classes,
+        empty=task.empty,
+        unknown=texts.unknown,
     )
     with whole(run.path / "predictions.npy") as part, part.open("wb") as file:
         np.save(file, said)

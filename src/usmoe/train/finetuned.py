@@ -29,9 +29,9 @@ from usmoe.models.language import LanguageModel
 from usmoe.routing.text import parse_router
 from usmoe.train.classifier import Classifier
 from usmoe.train.classify import classify
+from usmoe.train.device import precision_of
 from usmoe.train.finetune_config import FinetuneConfig
-from usmoe.train.folder import RunFolder, Trained, load_run
-from usmoe.train.loop import precision_of
+from usmoe.train.folder import SCHEMA, RunFolder, Trained, load_run
 from usmoe.train.texts import Texts
 
 
@@ -52,7 +52,11 @@ class FineTuned:
 def start_of(folder: Path, which: str) -> tuple[Trained, dict[str, Any]]:
     """The checkpoint of `usmoe train`, and what says which it is: the folder's name, the model, its step, digests.
 
+    which  best or last
+
     Raises ValueError where it is none, or of another vocabulary."""
+    if which not in ("best", "last"):
+        raise ValueError(f"There is no model {which!r} of a run. Choose one of: best, last.")
     if is_finetuned(folder):
         raise ValueError(f"{folder} is a run of usmoe finetune. Give the folder of one of usmoe train.")
     trained = load_run(folder, which)
@@ -107,9 +111,34 @@ def classifier_of(config: FinetuneConfig, start: Trained, classes: int) -> Class
 
 
 def is_finetuned(folder: Path) -> bool:
-    """Whether a folder holds a run of `usmoe finetune`."""
+    """Whether a folder holds a run of `usmoe finetune`. Raises ValueError, naming the file, where its config.json is
+    damaged."""
+    return (folder / "config.json").is_file() and "start" in _config_json(folder)
+
+
+def begun_with(folder: Path) -> dict[str, Any]:
+    """What config.json of a run of `usmoe finetune` says: "config", "start" and "task".
+
+    Raises ValueError, naming the file, where it is damaged or of another version."""
+    said, path = _config_json(folder), folder / "config.json"
+    if said.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is of another version of usmoe, and this one reads schema {SCHEMA}.")
+    missing = [name for name in ("config", "start", "task") if not isinstance(said.get(name), dict)]
+    missing += [f"task.{name}" for name in ("digest", "classes") if not missing and name not in said["task"]]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}. Put the one of the run back.")
+    return said
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return path.is_file() and "start" in json.loads(path.read_text(encoding="utf-8"))
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}). Put the one of the run back.") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} is no JSON object. Put the one of the run back.")
+    return said
 
 
 def read_weights(model: nn.Module, path: Path) -> None:
@@ -124,12 +153,12 @@ def read_weights(model: nn.Module, path: Path) -> None:
 def load_classifier(folder: Path, *, device: str = "cpu") -> FineTuned:
     """The best classifier of a run, in evaluation mode, with its vocabulary and the names of its classes.
 
-    Raises ValueError where the folder holds none."""
+    Raises ValueError where the folder holds none, or one that is damaged."""
     run = RunFolder(Path(folder))
     path = run.path / "best.safetensors"
     if not is_finetuned(run.path) or not path.is_file():
         raise ValueError(f"{run.path} holds no classifier of usmoe finetune. Give its folder, or --resume its run.")
-    said = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
+    said = begun_with(run.path)
     config, classes = FinetuneConfig.from_dict(said["config"]), tuple(said["task"]["classes"])
     assert config.model is not None
     model = Classifier(LanguageModel(config.model), len(classes), config.dropout, config.pooling)

@@ -207,7 +207,9 @@ class RunFolder:
             part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The log."""
+        """The log; nothing where it is not there."""
+        if not self.log.is_file():
+            return []
         return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
 
 
@@ -236,7 +238,12 @@ def load_run(folder: Path, which: str = "best", *, device: str = "cpu", router: 
         raise ValueError(f"{path} cannot be read ({_first(error)}). It is not whole.") from error
     if config.freeze_at is not None or config.sparsity:  # buffers of the training alone
         tensors = {name: tensor for name, tensor in tensors.items() if name in model.state_dict()}
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is not of the model that config.json describes ({_second(error)}). Put the files of one run back."
+        ) from error
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -254,6 +261,11 @@ def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") ->
         elif old != new:
             found.append((f"{prefix}{name}", old, new))
     return found
+
+
+def _second(error: BaseException) -> str:
+    """Of torch's list of what does not fit, the first item."""
+    return [*str(error).splitlines(), type(error).__name__][1].strip().rstrip(".")
 
 
 def _first(error: BaseException) -> str:

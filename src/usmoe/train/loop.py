@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -22,9 +22,10 @@ from usmoe.data.batches import Batch, Streams, Windows
 from usmoe.data.prepare import Prepared, prepare
 from usmoe.data.units import stated
 from usmoe.models.language import LanguageModel, Memory
-from usmoe.train.config import Precision, TrainConfig
+from usmoe.train.config import TrainConfig
+from usmoe.train.device import place_of, precision_of
 from usmoe.train.folder import RunFolder
-from usmoe.train.likelihood import teacher_forced
+from usmoe.train.likelihood import NotFinite, teacher_forced
 from usmoe.train.log import Log
 from usmoe.train.objective import Learner
 from usmoe.train.optimizers import learning_rate, optimisers_of
@@ -97,22 +98,6 @@ def train(
         return loop.go(stop, seconds, progress=progress, tensorboard=tensorboard)
 
 
-def place_of(device: str) -> torch.device:
-    """The device of that name. Raises ValueError for what is not here, or is neither a CPU nor a GPU of CUDA's."""
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"There is no device {device!r}. Give cpu, cuda or cuda:1.") from error
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"Training on {device} is not possible here. Give cpu, cuda or cuda:1.")
-    here = torch.cuda.device_count()
-    if place.type == "cuda" and (place.index or 0) >= here:
-        raise ValueError(
-            f"There is no {device}: this machine has {here} GPUs that torch can use. Give another, or cpu."
-        )
-    return place
-
-
 def resolved(config: TrainConfig, prepared: Prepared, device: str) -> TrainConfig:
     """The configuration with what depends on the data and the machine: the vocabulary's size, the precision.
 
@@ -125,14 +110,6 @@ def resolved(config: TrainConfig, prepared: Prepared, device: str) -> TrainConfi
         )
     model = config.model.replace(vocabulary=size)
     return dataclasses.replace(config, precision=precision_of(config.precision, device), model=model)
-
-
-def precision_of(asked: Precision, device: str) -> Literal["float32", "bfloat16"]:
-    """What "auto" stands for on a device: bfloat16 where it pays, which is a GPU that has it."""
-    if asked != "auto":
-        return asked
-    pays = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-    return "bfloat16" if pays else "float32"
 
 
 class _Loop:
@@ -269,8 +246,9 @@ class _Loop:
             told.append(said.out.said)
         norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip or math.inf)
         mean = accelerator.reduce(nats, "mean").item()  # pyright: ignore[reportAttributeAccessIssue]
-        if not (math.isfinite(mean) and math.isfinite(norm.item())):
-            raise ValueError(self._not_finite(mean, norm.item()))
+        for what, value in (("loss", mean), ("gradient's norm", norm.item())):
+            if not math.isfinite(value):
+                raise ValueError(self._not_finite(f"The {what} is {value}"))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -280,15 +258,15 @@ class _Loop:
             self.learner.sparsity.update([one for part in told for one in part])
         return mean, norm.item(), told
 
-    def _not_finite(self, nats: float, norm: float) -> str:
-        what = f"The loss is {nats}" if not math.isfinite(nats) else f"The gradient's norm is {norm}"
+    def _not_finite(self, what: str) -> str:
+        """what: is not finite: The loss is nan."""
         kept = "there is no checkpoint yet"
         if self.run.checkpoint.is_file():
             kept = f"the last good checkpoint is {self.run.checkpoint}, of step {self.run.read()['step']}"
         return (
             f"{what} at step {self.step}, batch {self.step % self.batches.steps_per_epoch} of "
-            f"epoch {self.step // self.batches.steps_per_epoch}; {kept}. Give a smaller lr, a "
-            "clip, or precision=float32."
+            f"epoch {self.step // self.batches.steps_per_epoch}; {kept}. Begin a new run in another folder, with a "
+            "smaller lr, a clip, or precision=float32."
         )
 
     @contextmanager
@@ -320,7 +298,10 @@ class _Loop:
             self.due = False
             return
         heeded = stop if self.accelerator.num_processes == 1 else None  # else all agree on it after a step
-        nats = teacher_forced(self.model, self.prepared.validation, self.config.evaluation, stop=heeded).mean
+        try:
+            nats = teacher_forced(self.model, self.prepared.validation, self.config.evaluation, stop=heeded).mean
+        except NotFinite as error:
+            raise ValueError(self._not_finite("The validation figure is not finite")) from error
         self.due = False
         figures = {f"validation_{name}": value for name, value in self._stated(nats, "validation").items()}
         row = {"step": self.step, "validation": nats, **figures}
@@ -335,6 +316,10 @@ class _Loop:
         return stated(nats, prepared.unit, len(prepared.tokens[split]) / prepared.units[split])
 
     def _save(self) -> None:
+        """Replace the checkpoint. Raises ValueError, and keeps the one before, where a parameter is not finite."""
+        broken = next((name for name, one in self.model.named_parameters() if not one.isfinite().all()), None)
+        if broken is not None:
+            raise ValueError(self._not_finite(f"The parameter {broken} is not finite"))
         mine = {
             "memory": [None if one is None else [layer.cpu() for layer in one.layers] for one in self.memories],
             **random_states(self.accelerator.device),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by a Newton-Schulz iteration, for stacks of matrices (..., m, n).
+    """Momentum, orthogonalised by a Newton-Schulz iteration, for stacks of matrices (..., m, n). What has no gradient
+    is left as it is.
 
     torch.optim.Muon takes 2-D parameters alone; an expert layer is a 3-D stack whose every matrix wants its own
     orthogonalisation. Coefficients: Jordan et al. 2024. Scale 0.2 * sqrt(max(m, n)): arXiv 2502.16982, eq. 4.
@@ -22,6 +23,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 state = self.state[parameter]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(parameter)

@@ -41,15 +41,16 @@ def optimisers_of(model: nn.Module, config: TrainConfig) -> list[torch.optim.Opt
         if config.optimizer == "muon" and one.ndim >= 2 and _is_matrix(name)
     }
     others = [one for name, one in parameters.items() if name not in inner]
+    decaying = {id(one) for name, one in parameters.items() if one.ndim >= 2 and not name.endswith("bias")}
     groups: list[dict[str, list[Tensor] | float]] = [
-        {"params": [one for one in others if one.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [one for one in others if one.ndim < 2], "weight_decay": 0.0},
+        {"params": [one for one in others if id(one) in decaying], "weight_decay": config.weight_decay},
+        {"params": [one for one in others if id(one) not in decaying], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     return [adamw, *([Muon(inner.values(), config.lr, weight_decay=config.weight_decay)] if inner else [])]
 
 
 def _is_matrix(name: str) -> bool:
-    """Whether a parameter of two dimensions or more is a map between hidden states; words, gates and the attention's
-    biases are none."""
-    return not any(part in name for part in ("words.", "gate.", "_bias"))
+    """Whether a parameter of two dimensions or more is a map between hidden states; words, gates and biases are
+    none."""
+    return not (name.endswith("bias") or any(part in name for part in ("words.", "gate.")))

@@ -72,6 +72,14 @@ class Scored:
     """The checkpoint: its folder's name, which of its models, after which step, and digests."""
     config: FinetuneConfig
     """As it was resolved."""
+    names: tuple[str, ...] = ()
+    """What the classes are called, in the order of their places in predictions.npy. Older results lack this and the
+    next two."""
+    empty: int = 0
+    """Rows without text, of all parts: to the model a line end."""
+    unknown: float | None = None
+    """Share of the test's tokens that the checkpoint's vocabulary does not know, 0 to 1; None where it has no token for
+    what is unknown."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; `from_dict` reads it back."""
@@ -83,6 +91,7 @@ class Scored:
         fields: dict[str, Any] = {
             "accuracy_band": tuple(said["accuracy_band"]),
             "macro_f1_band": tuple(said["macro_f1_band"]),
+            "names": tuple(said.get("names", ())),
             "history": tuple(Selected(**one) for one in said["history"]),
             "best": Selected(**said["best"]),
             "config": FinetuneConfig.from_dict(said["config"]),

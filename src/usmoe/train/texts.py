@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from usmoe.data.vocabulary import Vocabulary
+from usmoe.data.vocabulary import Vocabulary, share_unknown
 
 WINDOW = 50
 """Batches within which texts are sorted by length: enough that little is padding, few enough that the order stays
@@ -50,6 +50,8 @@ class Texts:
             self.cut += len(found) > length
             self.tokens.append(found[:length] if len(found) else nothing)
         self.lengths = np.array([len(one) for one in self.tokens])
+        self.unknown = share_unknown(vocabulary, *self.tokens)
+        """Share of the tokens that stand for what the vocabulary does not know; None where it has no such token."""
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -35,7 +35,7 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     )
 
 
-def announce(plan: Plan, offline: bool) -> str:
+def announce(plan: Plan, offline: bool, anew: bool) -> str:
     return "" if offline else downloads(plan)
 
 

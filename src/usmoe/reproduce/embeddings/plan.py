@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from usmoe.reproduce.embeddings.study import CHECKPOINTS, STUDIES, TASKS, Checkpoint, Prompt, Study, setting_of
 from usmoe.reproduce.experiment import Experiment, Scale
+from usmoe.reproduce.given import given
+from usmoe.reproduce.kind import NOT_ASKED, words
 
 if TYPE_CHECKING:
     from usmoe.evaluate.setting import Setting
@@ -73,6 +75,23 @@ class Plan:
         """As JSON; a column's setting whole."""
         return dataclasses.asdict(self)
 
+    def basis(self) -> dict[str, Any]:
+        """Models, tasks, settings, precision, and how local data are cut."""
+        columns = [[one.model, one.prompt, given(one.setting)] for one in self.columns]
+        names = ("models", "tasks", "batch_size", "seed", "dtype", "quantize")
+        return {name: getattr(self, name) for name in names} | {"columns": columns, "cuts": dict(self.cuts)}
+
+    def options(self) -> tuple[str, ...]:
+        """--model, --tasks, --batch-size, --seed and --dtype where they are given."""
+        own, size, dtype = _own(self.study, self.scale)
+        return words(
+            model=None if self.models == own else self.models,
+            tasks=self.tasks if NOT_ASKED in self.left_out.values() else None,
+            batch_size=None if self.batch_size == size else self.batch_size,
+            seed=self.seed or None,
+            dtype=None if self.dtype == dtype else self.dtype,
+        )
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
         """What `to_dict` made."""
@@ -111,7 +130,7 @@ def plan(
     study = STUDIES[experiment.name]
     released = scale == "paper"
     wanted = _tasks(tasks, study, experiment.name)
-    left_out = {name: "not asked for" for name in study.tasks if name not in wanted}
+    left_out = dict.fromkeys((name for name in study.tasks if name not in wanted), NOT_ASKED)
     cuts: dict[str, str] = {}
     if not released and data is None and not tasks:
         raise ValueError(
@@ -124,7 +143,7 @@ def plan(
             raise ValueError(f"{data} lacks data. {' '.join(absent.values())}")
         left_out |= absent
         wanted = tuple(name for name in wanted if name in cuts)
-    own = tuple(one.hub for one in study.models) if released else (SHIPPED,)
+    own, own_size, own_dtype = _own(study, scale)
     models = own if model is None else (model,)
     return Plan(
         experiment=experiment.name,
@@ -135,12 +154,19 @@ def plan(
         data=None if data is None else str(data),
         cuts=cuts,
         left_out=left_out,
-        batch_size=batch_size or (128 if released else 32),
+        batch_size=batch_size or own_size,
         seed=seed,
         device=device,
-        dtype=dtype or ("bfloat16" if released else "float32"),
+        dtype=dtype or own_dtype,
         quantize="nf4" if released else None,
     )
+
+
+def _own(study: Study, scale: Scale) -> tuple[tuple[str, ...], int, str]:
+    """Models, batch size and dtype of a scale."""
+    if scale == "paper":
+        return tuple(one.hub for one in study.models), 128, "bfloat16"
+    return (SHIPPED,), 32, "float32"
 
 
 def columns(study: Study, model: str, scale: Scale) -> tuple[Column, ...]:

@@ -19,12 +19,18 @@ TRAINS = True
 plan = planning.plan
 
 
-def announce(plan: Plan, offline: bool) -> str:
-    return planning.announce(plan)
+def announce(plan: Plan, offline: bool, anew: bool) -> str:
+    said = planning.announce(plan)
+    if anew:
+        said += (
+            " --force tests no classifier again: each is tested once, with its training. To have another, remove its "
+            f"folder in {running.FINETUNED}/ of the results."
+        )
+    return said
 
 
 def run(plan: Plan, results: Path, *, offline: bool, anew: bool, done: Callable[[str], None]) -> Result:
-    """`anew` changes nothing: a classifier is tested once, with its training; remove its folder to have another."""
+    """`anew` changes nothing, as `announce` says."""
     return running.run(plan, results, offline=offline, done=done)
 
 

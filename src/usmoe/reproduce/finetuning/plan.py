@@ -9,9 +9,18 @@ from typing import Any
 
 from usmoe.reproduce.experiment import Experiment, Scale
 from usmoe.reproduce.finetuning.study import CORPORA, ROWS, TASKS, settings
-from usmoe.reproduce.kind import Asked
-from usmoe.reproduce.training.plan import PlannedRow, chosen, planned, some_of
-from usmoe.reproduce.training.runs import SEEDS, Run, digest
+from usmoe.reproduce.kind import NOT_ASKED, Asked, words
+from usmoe.reproduce.training.plan import (
+    PlannedRow,
+    chosen,
+    number,
+    planned,
+    row_options,
+    seed_options,
+    seeds_of,
+    some_of,
+)
+from usmoe.reproduce.training.runs import Run, digest
 from usmoe.reproduce.training.study import STUDIES
 from usmoe.train.config import TrainConfig
 from usmoe.train.finetune_config import FinetuneConfig
@@ -73,6 +82,20 @@ class Plan:
             ],
         }
 
+    def basis(self) -> dict[str, Any]:
+        """The classifiers by their names, which hold every configuration."""
+        return {"runs": [one.name for one in self.runs]}
+
+    def options(self) -> tuple[str, ...]:
+        """--row, --router, --tasks, --seeds, --seed and --dtype where they are given."""
+        config, own = self.runs[0].config, settings(self.tasks[0], self.scale)
+        return (
+            *row_options(self.rows, ROWS),
+            *words(tasks=self.tasks if NOT_ASKED in self.left_out.values() else None),
+            *seed_options(self.seeds, self.scale),
+            *words(dtype=None if config.precision == own.precision else config.precision),
+        )
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
         """What `to_dict` made."""
@@ -101,19 +124,19 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     that the experiment does not have, for options of other kinds of experiments, and where no data set is there.
     """
     asked.refuse(experiment, "model", "batch_size", "steps")
-    rows = chosen(ROWS, asked, experiment)
     corpora = some_of(asked.corpora, CORPORA[asked.scale], "corpus", experiment)
+    study = STUDIES["table14"]
+    rows = chosen(ROWS, asked, experiment, study.base(corpora[0], asked.scale, None))
     by_either = {name.casefold(): task for task, paper in TASKS.items() for name in (task, paper)}
     wanted = [by_either.get(word.casefold(), word) for word in asked.tasks]
     tasks = some_of(wanted, list(TASKS), "task", experiment)
     absent = _absent(tasks, asked)
-    left_out = {task: "not asked for" for task in TASKS if task not in tasks}
+    left_out = dict.fromkeys((task for task in TASKS if task not in tasks), NOT_ASKED)
     left_out |= dict.fromkeys(absent, "not in the folder of data")
     tasks = tuple(task for task in tasks if task not in absent)
     if not tasks:
         raise ValueError(f"There is no data set. {' '.join(absent.values())}")
-    seeds = tuple(range(asked.seed, asked.seed + (asked.seeds or (len(SEEDS) if asked.scale == "small" else 1))))
-    study = STUDIES["table14"]
+    seeds = seeds_of(asked)
     precision = {} if asked.dtype is None else {"precision": asked.dtype}
     return Plan(
         experiment=experiment.name,
@@ -159,6 +182,6 @@ def _absent(tasks: tuple[str, ...], asked: Asked) -> dict[str, str]:
 def announce(plan: Plan) -> str:
     """A sentence on how much is trained."""
     return (
-        f"{len(plan.pretrained)} models, those of Table 14, trained where they are not there; from each "
-        f"{len(plan.tasks)} classifiers. What is there already is read; the same command goes on with all of it."
+        f"{number(plan.pretrained, 'model')} of Table 14, trained where they are not there; from each "
+        f"{number(plan.tasks, 'classifier')}. What is there already is read; the same command goes on with all of it."
     )

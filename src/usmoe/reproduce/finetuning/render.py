@@ -10,20 +10,21 @@ from usmoe.reproduce.figures import paper_figures
 from usmoe.reproduce.finetuning.plan import Plan
 from usmoe.reproduce.finetuning.run import Answered, Result
 from usmoe.reproduce.finetuning.study import TASKS
-from usmoe.reproduce.paired import Sample, ranked
+from usmoe.reproduce.paired import TOGETHER, Sample, ranked
 from usmoe.reproduce.training.plan import about
-from usmoe.reproduce.view import View
+from usmoe.reproduce.view import FOR_THEIR_ORDER, View
 
 Rows = Mapping[str, Sequence[Answered]]
 """Classifiers of a data set by row, one a seed."""
 
-BLOCKS = 2000
+BLOCKS = 250
 """Of test rows, at most: what is drawn with replacement for a band."""
 
 
 def views(result: Result) -> list[View]:
-    """A table for each text that the models were pre-trained on: a row a method, a column a data set."""
-    return [_accuracies(result, corpus) for corpus in result.plan.corpora]
+    """Two tables for each text that the models were pre-trained on, a row a method: accuracies beside the paper's, and
+    what the routers cost."""
+    return [view for corpus in result.plan.corpora for view in (_accuracies(result, corpus), _costs(result, corpus))]
 
 
 def _accuracies(result: Result, corpus: str) -> View:
@@ -41,25 +42,36 @@ def _accuracies(result: Result, corpus: str) -> View:
             words.append(_word(rows[row.name]) + ("~" if rivals and row.name in (first, *rivals) else ""))
             if (row.name, ()) == best[task] and len(rows) > 1:
                 bold.append((at, 1 + column))
-        every = [one for rows in tasks.values() for one in rows[row.name]]
-        words += [f"{statistics.fmean(one.scored.flops for one in every) / 1e6:.2f}", _mean(every, "experts", 1, ".2f")]
-        words.append(_mean(every, "dropped", 100, ".1f"))
         words += [f"{values[str(row.paper)]:.1f}" if row.paper in values else "-" for values in printed.values()]
         lines.append(tuple(words))
     return View(
         title=f"{plan.experiment}, {plan.scale} scale, from {corpus}: {EXPERIMENTS[plan.experiment].title}",
-        head=(
-            "method",
-            *(TASKS[task] for task in tasks),
-            "MFLOPs a token",
-            "experts a token",
-            "dropped, %",
-            *(f"paper, {name}" for name in printed),
-        ),
+        head=("method", *(TASKS[task] for task in tasks), *(f"paper, {name}" for name in printed)),
         labels=1,
         rows=tuple(lines),
         bold=tuple(bold),
         says=(_legend(plan), *_ranking(plan, best)),
+    )
+
+
+def _costs(result: Result, corpus: str) -> View:
+    """Means over data sets and seeds."""
+    plan = result.plan
+    lines = []
+    for row in plan.rows:
+        every = [one for task in plan.tasks for one in _of(result, corpus, task)[row.name]]
+        flops = f"{statistics.fmean(one.scored.flops for one in every) / 1e6:.2f}"
+        lines.append((row.label, flops, _mean(every, "experts", 1, ".2f"), _mean(every, "dropped", 100, ".1f")))
+    return View(
+        title=f"{plan.experiment}, {plan.scale} scale, from {corpus}: what the routers cost",
+        head=("method", "MFLOPs a token", "experts a token", "dropped, %"),
+        labels=1,
+        rows=tuple(lines),
+        bold=(),
+        says=(
+            "In the test, means over data sets. FLOPs are of the body for a token, by counted pairs, two for a "
+            "multiply-add; the paper's are of its own count. Dropped: tokens without an expert.",
+        ),
         about=about(plan.rows),
         differs=_differs(result),
         notes=paper_figures("table13").notes,
@@ -104,10 +116,7 @@ def _mean(ones: Sequence[Answered], what: str, factor: float, form: str) -> str:
 def _legend(plan: Plan) -> str:
     words = "Per cent of the test rows whose class was said"
     words += ": the mean over seeds, in brackets the deviation." if len(plan.seeds) > 1 else "."
-    return (
-        f"{words} FLOPs, experts and dropped tokens are those of the test, means over data sets: of the body for a "
-        "token, by counted pairs, two for a multiply-add; the paper's FLOPs are of its own count."
-    )
+    return f"{words} {FOR_THEIR_ORDER}" if plan.scale == "small" else words
 
 
 def _ranking(plan: Plan, best: Mapping[str, tuple[str, tuple[str, ...]]]) -> tuple[str, ...]:
@@ -125,8 +134,8 @@ def _ranking(plan: Plan, best: Mapping[str, tuple[str, tuple[str, ...]]]) -> tup
             words.append(f"On {TASKS[task]} {labels[first]} is highest, clear of the others.")
     seeds = "a part for seeds" if len(plan.seeds) > 1 else "no part for seeds, since there is one"
     words.append(
-        f"Bands are of the difference to the highest, 95 %: the same test rows paired and drawn with replacement, and "
-        f"{seeds}."
+        f"Bands are of the difference to the highest, {TOGETHER}: the same test rows paired and drawn with "
+        f"replacement, and {seeds}."
     )
     return tuple(words)
 

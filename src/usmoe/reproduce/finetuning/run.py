@@ -74,8 +74,9 @@ def run(
     """
     where: dict[str, Any] = {"data": None if plan.data is None else Path(plan.data), "offline": offline}
     where["device"] = plan.device
+    texts: dict[Any, Any] = {}
     for one in plan.pretrained:
-        trained(one, results / RUNS / one.name, results / CORPORA, **where)
+        trained(one, results / RUNS / one.name, results / CORPORA, texts=texts, **where)
         done(f"{one.name} trained")
     rows = []
     for one in plan.runs:

@@ -26,8 +26,8 @@ CORPORA: Mapping[Scale, tuple[str, ...]] = {"small": ("novels",), "paper": ("enw
 
 SMALL_LENGTH = 200
 """Tokens of a text that are read: bytes."""
-SMALL_ROWS: Mapping[str, int] = {"sst2": 10_000, "sst5": 4_000, "imdb": 2_000, "banking77": 8_000}
-"""Training rows: some 0.4 to 0.5 million bytes an epoch."""
+SMALL_ROWS: Mapping[str, int] = {"sst2": 8_000, "sst5": 3_000, "imdb": 1_500, "banking77": 6_000}
+"""Training rows: some 0.3 to 0.4 million bytes an epoch."""
 SMALL_TEST_ROWS = 1000
 SMALL_SELECTION_ROWS = 500
 SMALL_EPOCHS = 3

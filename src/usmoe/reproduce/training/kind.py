@@ -21,7 +21,7 @@ plan = planning.plan
 plot = render.plot
 
 
-def announce(plan: Plan, offline: bool) -> str:
+def announce(plan: Plan, offline: bool, anew: bool) -> str:
     return planning.announce(plan)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from usmoe.data.corrupt import Mode
 from usmoe.reproduce.experiment import Experiment, Scale
-from usmoe.reproduce.kind import Asked
-from usmoe.reproduce.training.runs import SEEDS, SMALL, Run
+from usmoe.reproduce.kind import NOT_ASKED, Asked, words
+from usmoe.reproduce.training.runs import SEEDS, SMALL, Run, digest
 from usmoe.reproduce.training.study import STUDIES, Row, Study, Text, named, own
 from usmoe.train.config import Evaluation, TrainConfig
 from usmoe.train.methods import METHODS
@@ -86,6 +86,26 @@ class Plan:
         """As JSON; every configuration whole."""
         return dataclasses.asdict(self)
 
+    def basis(self) -> dict[str, Any]:
+        """The models by their names, which hold every configuration, and how they are measured."""
+        return {
+            "runs": [one.name for one in self.runs],
+            "texts": self.texts,
+            "measurement": digest(self.measurement),
+        }
+
+    def options(self) -> tuple[str, ...]:
+        """--row, --corpus, --router, --seeds, --steps, --seed and --dtype where they are given."""
+        config = self.runs[0].config
+        own = self.study.base(self.corpora[0], self.scale, None)
+        return (
+            *row_options(self.rows, self.study.rows),
+            *words(corpus=self.corpora if NOT_ASKED in self.left_out.values() else None),
+            *seed_options(self.seeds, self.scale),
+            *words(steps=None if config.steps == own.steps else config.steps),
+            *words(dtype=None if config.precision == own.precision else config.precision),
+        )
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
         """What `to_dict` made."""
@@ -113,10 +133,11 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     if asked.dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"--dtype {asked.dtype} is no precision of training. Choose float32 or bfloat16.")
     study = STUDIES[experiment.name]
-    rows = chosen(study.rows, asked, experiment)
-    corpora = some_of(asked.corpora, study.corpora_at(asked.scale), "corpus", experiment)
+    asked_corpora = study.corpora_at(asked.scale)
+    rows = chosen(study.rows, asked, experiment, _base(study, asked_corpora[0], asked))
+    corpora = some_of(asked.corpora, asked_corpora, "corpus", experiment)
     absent = _absent(study, corpora, asked)
-    left_out = {name: "not asked for" for name in study.corpora_at(asked.scale) if name not in corpora}
+    left_out = dict.fromkeys((name for name in asked_corpora if name not in corpora), NOT_ASKED)
     left_out |= dict.fromkeys(absent, "not in the folder of data")
     there = tuple(name for name in corpora if name not in absent)
     if not there:
@@ -124,7 +145,7 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
             f"There is no text to train on. {' '.join(absent.values())}"
             + ("" if asked.data else " At small scale the texts lie in a folder: give --data DIR.")
         )
-    seeds = tuple(range(asked.seed, asked.seed + (asked.seeds or (len(SEEDS) if asked.scale == "small" else 1))))
+    seeds = seeds_of(asked)
     return Plan(
         experiment=experiment.name,
         scale=asked.scale,
@@ -156,16 +177,47 @@ def about(rows: Sequence[PlannedRow]) -> tuple[str, ...]:
     return tuple(f"{label}: {note}" for note, label in said.items())
 
 
-def chosen(rows: Sequence[Row], asked: Asked, experiment: Experiment) -> list[Row]:
+def chosen(rows: Sequence[Row], asked: Asked, experiment: Experiment, base: TrainConfig) -> list[Row]:
     """The rows of an experiment, or those that are asked for by name, methods that it does not have included; then
-    those of routers of one's own."""
+    those of routers of one's own, each of which can route in the model of `base`.
+
+    Raises ValueError for an unknown row, for a router that cannot be had or cannot route there, and for one that is
+    given twice."""
     known = {row.name: row for row in rows} | {name: named(name) for name in METHODS if name not in _names(rows)}
     wanted = some_of(asked.rows, list(known), "row", experiment) if asked.rows else [row.name for row in rows]
-    return [*(known[name] for name in wanted), *map(own, asked.routers)]
+    found = {name: known[name] for name in wanted}
+    for router in asked.routers:
+        row = own(router, base)
+        if row.name in found:
+            raise ValueError(f"--router {router} is the router of the row {found[row.name].label!r}. Give it once.")
+        found[row.name] = row
+    return list(found.values())
 
 
-def _names(rows: Sequence[Row]) -> list[str]:
+def _names(rows: Sequence[Row | PlannedRow]) -> list[str]:
     return [row.name for row in rows]
+
+
+def row_options(rows: Sequence[PlannedRow], own_rows: Sequence[Row]) -> tuple[str, ...]:
+    """--row and --router that give these rows in place of an experiment's own."""
+    known = {*_names(own_rows), *METHODS}
+    named = tuple(name for name in _names(rows) if name in known)
+    routers = tuple(row.label for row in rows if row.name not in known)
+    return words(row=None if named == tuple(_names(own_rows)) else named, router=routers)
+
+
+def seeds_of(asked: Asked) -> tuple[int, ...]:
+    """As many as are asked for, or as the scale has."""
+    return tuple(range(asked.seed, asked.seed + (asked.seeds or _number_of_seeds(asked.scale))))
+
+
+def seed_options(seeds: Sequence[int], scale: Scale) -> tuple[str, ...]:
+    """--seeds and --seed that give these in place of the scale's own."""
+    return words(seeds=None if len(seeds) == _number_of_seeds(scale) else len(seeds), seed=seeds[0] or None)
+
+
+def _number_of_seeds(scale: Scale) -> int:
+    return len(SEEDS) if scale == "small" else 1
 
 
 def _base(study: Study, corpus: str, asked: Asked) -> TrainConfig:
@@ -206,7 +258,12 @@ def announce(plan: Plan) -> str:
     config = plan.runs[0].config
     tokens = config.steps * config.batch * config.segment
     return (
-        f"{len(plan.runs)} models ({len(plan.rows)} rows, {len(plan.corpora)} texts, {len(plan.seeds)} seeds), "
-        f"{config.steps:,} steps each ({tokens / 1e6:.2f} M tokens). Those that are trained already are read, and one "
-        "that was stopped goes on; the same command goes on with all of it."
+        f"{number(plan.runs, 'model')} ({number(plan.rows, 'row')}, {number(plan.corpora, 'text')}, "
+        f"{number(plan.seeds, 'seed')}), {config.steps:,} steps each ({tokens / 1e6:.2f} M tokens). Those that are "
+        "trained already are read, and one that was stopped goes on; the same command goes on with all of it."
     )
+
+
+def number(things: Sequence[Any], word: str) -> str:
+    """1 seed, 2 seeds."""
+    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from usmoe.reproduce.experiment import EXPERIMENTS
 from usmoe.reproduce.figures import paper_figures
-from usmoe.reproduce.paired import Sample, ranked
+from usmoe.reproduce.paired import TOGETHER, Sample, ranked
 from usmoe.reproduce.training.compare import Rows, Value, honest, of, stated, teacher_forced
 from usmoe.reproduce.training.details import TEXTS, curves, in_training, read_otherwise, routing
 from usmoe.reproduce.training.measure import Measured
 from usmoe.reproduce.training.plan import Plan, about
 from usmoe.reproduce.training.run import Result
 from usmoe.reproduce.training.study import PAPER_CORPORA, Text
-from usmoe.reproduce.view import View
+from usmoe.reproduce.view import FOR_THEIR_ORDER, View
 
 _SETTINGS = {"clean": "Original", "corrupt": "Corrupt"}
+_IN_BITS = ("Enwik8", "Text8")
+"""Of the paper's data sets; figures of the others are perplexities."""
 
 
 def views(result: Result) -> list[View]:
@@ -62,7 +64,7 @@ def _likelihoods(result: Result, corpus: str, text: Text) -> View:
     one = next(iter(rows.values()))[0]
     return View(
         title=_title(plan, corpus, text),
-        head=("method", *columns, *(f"paper, {name}" for name in printed)),
+        head=("method", *columns, *(_paper_head(name, plan) for name in printed)),
         labels=1,
         rows=tuple(lines),
         bold=tuple(bold),
@@ -74,7 +76,13 @@ def _half(ones: Sequence[Measured]) -> str:
     """Of the honest figure: ±, the half of the interval of its sample; nothing where there was none."""
     halves = [(high - low) / 2 for low, high in (one.figures.honest_interval for one in ones)]
     digits = 3 if ones[0].figures.bits else 2
-    return f" ±{math.hypot(*halves) / len(ones):.{digits}f}" if any(halves) else ""
+    return f" ±{statistics.fmean(halves):.{digits}f}" if any(halves) else ""
+
+
+def _paper_head(name: str, plan: Plan) -> str:
+    """At small scale with the unit, which may be another than ours."""
+    unit = "bits" if name in _IN_BITS else "perplexity"
+    return f"paper, {name}\n{unit}" if plan.scale == "small" else f"paper, {name}"
 
 
 def _groups(plan: Plan, rows: Rows) -> list[Rows]:
@@ -126,10 +134,7 @@ def _legend(plan: Plan, one: Measured, printed: Mapping[str, object]) -> str:
             f"{100 * plan.measurement.corrupt_rate:g} % of the words of the test split are AAA: {one.corrupted:,}."
         )
     if printed and plan.scale == "small":
-        words.append(
-            "The paper's figures stand beside ours for their order alone: other text, another size, other steps. No "
-            "difference between the two means anything."
-        )
+        words.append(FOR_THEIR_ORDER)
     return " ".join(words)
 
 
@@ -153,8 +158,8 @@ def _ranking(best: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], rows: Ro
         else "no part for seeds, since there is one: other seeds may well reverse it"
     )
     words.append(
-        "Bands are of the difference to the lowest row, 95 %: the same tokens paired, blocks of the "
-        f"text drawn with replacement, and {seeds}."
+        f"Bands are of the difference to the lowest row, {TOGETHER}: the same tokens paired, blocks of the text drawn "
+        f"with replacement, and {seeds}."
     )
     return " ".join(words)
 

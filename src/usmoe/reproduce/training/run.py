@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from usmoe.reproduce.training.measure import Measured, lean, measured
 from usmoe.reproduce.training.plan import Plan
 from usmoe.reproduce.training.runs import Run
+
+if TYPE_CHECKING:
+    from usmoe.data.corpus import Corpus
+    from usmoe.data.prepare import Prepared
 
 SCHEMA = 1
 RUNS = "runs"
@@ -70,14 +75,15 @@ def run(
     done     called with a word when a model is trained, and when it is measured on a text
     measure  in place of `usmoe.reproduce.training.measure.measured`, with its arguments
 
-    Ctrl-C raises KeyboardInterrupt with a checkpoint written.
+    Ctrl-C raises KeyboardInterrupt with a checkpoint written. Raises ValueError for a model that learned from another
+    text than there is now.
     """
     where: dict[str, Any] = {"data": None if plan.data is None else Path(plan.data), "offline": offline}
     where["device"] = plan.device
-    rows, curves = [], {}
+    rows, curves, texts = [], {}, {}
     for one in plan.runs:
         folder = results / RUNS / one.name
-        trained(one, folder, results / CORPORA, **where)
+        trained(one, folder, results / CORPORA, texts=texts, **where)
         done(f"{one.name} trained")
         for text in plan.texts:
             found = measure(one, text, folder, results / CORPORA, plan.measurement, anew=anew, **where)
@@ -88,16 +94,60 @@ def run(
     return Result(plan=plan, rows=tuple(rows), curves=curves)
 
 
-def trained(one: Run, folder: Path, cache: Path, *, data: Path | None, offline: bool, device: str) -> None:
-    """Train a model, or go on with it, unless its last step is there."""
+def trained(
+    one: Run,
+    folder: Path,
+    cache: Path,
+    *,
+    data: Path | None,
+    offline: bool,
+    device: str,
+    texts: dict[Corpus, Prepared] | None = None,
+) -> None:
+    """Train a model, or go on with it, unless its last step is there.
+
+    texts  what is prepared already, which is added to: each text is looked at once a table
+
+    Raises ValueError for a model that learned from another text than there is now.
+    """
     from usmoe.train.loop import train
 
     if (folder / "last.safetensors").is_file():
+        _refuse_other_text(one, folder, cache, {} if texts is None else texts, data=data, offline=offline)
         return
     try:
         train(one.config, folder, cache=cache, data=data, offline=offline, device=device, resume=True)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{one.name}: {stop} The same command of usmoe reproduce goes on.") from None
+
+
+def _refuse_other_text(
+    one: Run, folder: Path, cache: Path, texts: dict[Corpus, Prepared], *, data: Path | None, offline: bool
+) -> None:
+    """A run of an early usmoe does not say what it learned from, and is believed."""
+    from usmoe.data.prepare import prepare, prepared_before
+
+    corpus = one.config.corpus
+    learned = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("text")
+    if learned is None:
+        return
+    if corpus not in texts:
+        texts[corpus] = prepare(corpus, cache, data=data, offline=offline)
+    now = texts[corpus]
+    if learned == now.digest:
+        return
+    before = prepared_before(corpus, cache, learned)
+    if before is not None and _files(before) == _files(now):  # prepared by another usmoe
+        return
+    raise ValueError(
+        f"The model in {folder} learned from another text ({learned}) than {corpus.source} holds now in "
+        f"{data or 'the hub'} ({now.digest}). Put that text back, or give another --results."
+    )
+
+
+def _files(prepared: Prepared) -> Any:
+    """What says which text was prepared."""
+    return json.loads((prepared.folder / "manifest.json").read_text(encoding="utf-8"))["text"]
 
 
 def curve(folder: Path, wanted: tuple[str, ...]) -> Curve:

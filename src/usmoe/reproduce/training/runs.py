@@ -6,14 +6,12 @@ folder, since its name holds a digest of the configuration.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from usmoe.data.corpus import Corpus
 from usmoe.models.config import MODELS
+from usmoe.reproduce.given import digest_of, given
 from usmoe.train.config import Evaluation, TrainConfig
 from usmoe.train.methods import METHODS
 
@@ -73,18 +71,4 @@ def small_run(corpus: str, method: str, seed: int, *, k: float | None = None, st
 def digest(config: Any) -> str:
     """Eight hexadecimal digits of a sha256 over the fields of a configuration that are not at their default: a field
     that is added later changes no digest."""
-    return hashlib.sha256(json.dumps(_given(config), sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _given(config: Any) -> dict[str, Any]:
-    """Fields that differ from their defaults, of tables within it too."""
-    found: dict[str, Any] = {}
-    for one in dataclasses.fields(config):
-        value = getattr(config, one.name)
-        if one.name in _UNREAD:
-            continue
-        if dataclasses.is_dataclass(value):
-            found[one.name] = _given(value)
-        elif value != one.default:
-            found[one.name] = value
-    return found
+    return digest_of(given(config, _UNREAD))

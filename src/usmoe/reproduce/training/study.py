@@ -9,12 +9,22 @@ What the paper leaves open is decided here:
 
 from __future__ import annotations
 
+import hashlib
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import torch
+
+from usmoe.hf.identity import identity
 from usmoe.reproduce.experiment import Scale
+from usmoe.reproduce.given import digest_of
 from usmoe.reproduce.training.runs import CORPORA, SMALL, SWEEP_STEPS, Run
+from usmoe.routing.host import ROUTE
+from usmoe.routing.router import Router, experts_per_token
+from usmoe.routing.text import ROUTERS, parse_router
 from usmoe.train.config import TrainConfig
 from usmoe.train.methods import METHODS, Method
 from usmoe.train.presets import PRESETS
@@ -56,10 +66,35 @@ def named(method: str, paper: str | None = None, k: float | None = None) -> Row:
     return Row(name=method if k is None else f"{method}-k{k:g}", method=METHODS[method], paper=paper, k=k)
 
 
-def own(router: str) -> Row:
-    """A row of a router as typed; no balance loss."""
-    name = re.sub(r"[^\w.]+", "-", router).strip("-")
-    return Row(name=name, method=Method(title=router, router=router, note="Without a balance loss."))
+def own(router: str, base: TrainConfig) -> Row:
+    """A row of a router as typed; no balance loss.
+
+    Its name has a digest of the router, and of its source where it is one's own: when that file changes, it is another
+    row, and other models. Code that the file imports is not looked at.
+
+    base  of the experiment. Raises ValueError for a router that cannot be had, or cannot route in its model
+    """
+    made = parse_router(router)
+    said = str(made) if isinstance(made, Router) else router
+    try:
+        if isinstance(made, Router):
+            made(torch.linspace(-1, 1, base.segment * base.model.num_experts).view(1, base.segment, -1))
+        elif isinstance(k := getattr(made, "k", None), int | float):
+            experts_per_token(k, ROUTE, base.model.num_experts)
+    except ValueError as error:
+        raise ValueError(f"--router {router}: {error}") from error
+    source = None if type(made) in ROUTERS.values() else [identity(made), _digest_of_module(router)]
+    slug = re.sub(r"[^\w.]+", "-", said).strip("-")
+    return Row(
+        name=f"{slug}-{digest_of([said, source])}",
+        method=Method(title=router, router=router, note="Without a balance loss."),
+    )
+
+
+def _digest_of_module(router: str) -> str | None:
+    """Of the file of the module in module:name, which is not always that where the router's class is written."""
+    file = getattr(sys.modules.get(router.partition(":")[0].strip()), "__file__", None)
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
