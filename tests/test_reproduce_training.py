@@ -115,7 +115,7 @@ def test_rows_texts_seeds_and_routers_of_ones_own():
     }
     assert made.left_out == {"wiki2016": "not asked for"}
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-    assert announce(made).startswith("3 models (3 rows, 1 text, 1 seed), 50 steps each (0.05 M tokens)")
+    assert announce(made).startswith("3 models (3 rows, 1 text, 1 seed), 50 steps each (0.05 M tokens of novels)")
 
 
 def test_the_paper_scale_is_the_presets():

@@ -69,13 +69,17 @@ class Source:
         if "validation" in set(self.all_splits) - set(splits):
             test, validation, _ = cut(splits["test"], (1 / _HELD_OUT, 1 / _HELD_OUT), "word")  # whole lines
             splits |= {"test": test, "validation": validation}
-        missing = [split for split in wanted if split not in splits]
+        self.refuse_missing(wanted)
+        return _chosen(splits, wanted)
+
+    def refuse_missing(self, wanted: Sequence[str]) -> None:
+        """Raise ValueError where it lacks one of the splits."""
+        missing = [split for split in wanted if split not in self.all_splits]
         if missing:
             raise ValueError(
-                f"{self.name} has no text for {' and '.join(missing)}: it has {', '.join(splits)}. Add a file "
+                f"{self.name} has no text for {' and '.join(missing)}: it has {', '.join(self.all_splits)}. Add a file "
                 f"{missing[0]}.txt beside the others."
             )
-        return _chosen(splits, wanted)
 
 
 def find_source(corpus: Corpus, data: Path | None = None) -> Source:

@@ -240,12 +240,13 @@ def some_of(given: Sequence[str], known: Sequence[str], what: str, experiment: E
 
 def _absent(study: Study, corpora: Sequence[str], asked: Asked) -> dict[str, str]:
     """{text: why it is not there}, of texts that nobody asked for by name."""
+    from usmoe.data.corpus import SPLITS
     from usmoe.data.sources import find_source
 
     absent = {}
     for name in corpora:
         try:
-            find_source(study.base(name, asked.scale, None).corpus, asked.data)
+            find_source(study.base(name, asked.scale, None).corpus, asked.data).refuse_missing(SPLITS)
         except ValueError as error:
             if name in asked.corpora:
                 raise
@@ -255,11 +256,13 @@ def _absent(study: Study, corpora: Sequence[str], asked: Asked) -> dict[str, str
 
 def announce(plan: Plan) -> str:
     """A sentence on how much is trained."""
-    config = plan.runs[0].config
-    tokens = config.steps * config.batch * config.segment
+    configs = {one.corpus: one.config for one in plan.runs}
+    tokens = {name: one.steps * one.batch * one.segment / 1e6 for name, one in configs.items()}
+    told = ", ".join(f"{each:.2f} M tokens of {name}" for name, each in tokens.items())
+    without = "".join(f" Without {name}: {why}." for name, why in plan.left_out.items())
     return (
         f"{number(plan.runs, 'model')} ({number(plan.rows, 'row')}, {number(plan.corpora, 'text')}, "
-        f"{number(plan.seeds, 'seed')}), {config.steps:,} steps each ({tokens / 1e6:.2f} M tokens). Those that are "
+        f"{number(plan.seeds, 'seed')}), {plan.runs[0].config.steps:,} steps each ({told}).{without} Those that are "
         "trained already are read, and one that was stopped goes on; the same command goes on with all of it."
     )
 
