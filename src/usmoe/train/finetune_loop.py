@@ -133,8 +133,8 @@ class FinetuneLoop:
             kept = f"the last good checkpoint is {self.run.checkpoint}, of step {self.run.read()['step']}"
         rows = ", ".join(str(row + 1) for row in sorted(batch.rows.tolist()))
         return (
-            f"{what} at step {self.step}, on the texts {rows} of training; {kept}. Give a smaller lr, a clip, or "
-            "precision=float32."
+            f"{what} at step {self.step}, on the texts {rows} of training; {kept}. Begin a new run in "
+            "another folder, with a smaller lr, a clip, or precision=float32."
         )
 
     def _select(self, log: Log, stop: threading.Event) -> None:
