@@ -27,7 +27,7 @@ from usmoe.models.config import LanguageConfig
 from usmoe.models.language import LanguageModel
 from usmoe.train.config import Evaluation, TrainConfig, read_config
 from usmoe.train.folder import RunFolder, load_run
-from usmoe.train.likelihood import NotFinite
+from usmoe.train.likelihood import NotFiniteError
 from usmoe.train.loop import train
 from usmoe.train.methods import METHODS
 from usmoe.train.muon import Muon, orthogonalise
@@ -219,7 +219,7 @@ def test_what_is_not_finite_is_never_a_checkpoint(tmp_path):
 
 def test_a_validation_that_is_not_finite_names_step_and_checkpoint(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
-        raise NotFinite("3 of 3 tokens")
+        raise NotFiniteError("3 of 3 tokens")
 
     monkeypatch.setattr("usmoe.train.loop.teacher_forced", broken)
     with pytest.raises(ValueError, match=r"validation figure is not finite at step .* checkpoint is .*checkpoint.pt"):

@@ -69,7 +69,6 @@ def band(
     tail       share of the means on each side of the band; 0.025 leaves 95 % within
     resamples  None: so many that 25 lie on each side
 
-
     Neighbouring tokens of a text are alike, and neighbouring blocks hardly: so blocks are drawn, which do not overlap
     (Carlstein 1986). Sums of differences between two models on the same text give the paired band of the difference.
     None where there is one block alone.

@@ -193,15 +193,15 @@ def predicted(model: LanguageModel, hidden: Float[Tensor, "B L D"], batch: Batch
     return nats
 
 
-class NotFinite(ValueError):  # noqa: N818
+class NotFiniteError(ValueError):
     """A likelihood is NaN or infinite."""
 
 
 def finite(nats: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """The same. Raises NotFinite where one of them is NaN or infinite."""
+    """The same. Raises NotFiniteError where one of them is NaN or infinite."""
     wrong = int((~nats.isfinite()).sum())
     if wrong:
-        raise NotFinite(
+        raise NotFiniteError(
             f"The likelihood of {wrong} of {len(nats)} tokens is no finite number: parameters or logits of the model "
             "are none either. Take an earlier checkpoint, or float32."
         )

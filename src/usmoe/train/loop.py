@@ -25,7 +25,7 @@ from usmoe.models.language import LanguageModel, Memory
 from usmoe.train.config import TrainConfig
 from usmoe.train.device import place_of, precision_of
 from usmoe.train.folder import RunFolder
-from usmoe.train.likelihood import NotFinite, teacher_forced
+from usmoe.train.likelihood import NotFiniteError, teacher_forced
 from usmoe.train.log import Log
 from usmoe.train.objective import Learner
 from usmoe.train.optimizers import learning_rate, optimisers_of
@@ -300,7 +300,7 @@ class _Loop:
         heeded = stop if self.accelerator.num_processes == 1 else None  # else all agree on it after a step
         try:
             nats = teacher_forced(self.model, self.prepared.validation, self.config.evaluation, stop=heeded).mean
-        except NotFinite as error:
+        except NotFiniteError as error:
             raise ValueError(self._not_finite("The validation figure is not finite")) from error
         self.due = False
         figures = {f"validation_{name}": value for name, value in self._stated(nats, "validation").items()}
