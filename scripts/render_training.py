@@ -31,8 +31,11 @@ def page(results: Path, pictures: Path) -> str:
     parts = ["# Training: results", "", ABOUT, ""]
     for experiment in EXPERIMENTS.values():
         for scale in SCALES if experiment.kind in KINDS else ():
-            for path in experiment.paths(results, scale):
+            found = experiment.paths(results, scale)
+            for path in found:
                 parts += section(experiment, path, pictures)
+            if not found:
+                parts += [f"## {experiment.name}, {scale} scale: not run", ""]
     return "\n".join(parts)
 
 
