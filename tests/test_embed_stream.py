@@ -433,7 +433,7 @@ def test_a_file_without_a_text_has_no_rows(tmp_path, suffix):
         ("a.txt", b"fine\ncaf\xe9\n", None, "a.txt is not UTF-8: line 2 holds byte 0xe9. Convert it."),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', None, "a.jsonl is not UTF-8: line 2 holds byte 0xff"),
         ("a.txt", b"fine\n", "text", "has a text a line, so it has no column 'text'"),
-        ("a.jsonl", b'{"text": "a"}\n\n', None, "is not JSON lines: line 2 holds none"),
+        ("a.jsonl", b'{"text": "a"}\n{\n', None, "is not JSON lines: line 2 holds none"),
         ("a.jsonl", b'"a"\n', None, "line 1 is not an object"),
         ("a.jsonl", b'{"a": 1, "b": 2}\n', None, "has no column 'text'. Name one with --column: a, b."),
         ("a.jsonl", b'{"text": null}\n', None, "Column 'text' holds null, not a text, in line 1 of"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,24 +30,51 @@ Text = Annotated[
 
 
 def read_text(source: str) -> str:
-    """The text of a file, or of stdin for "-". Raises ValueError where it is missing, empty or not UTF-8."""
-    if source == "-":
-        raw = sys.stdin.buffer.read()
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"There is no text file {source}. Give a file of UTF-8 text, or - for stdin.")
-        raw = path.read_bytes()
+    """The text of a file, or of stdin for "-"; `text_pieces` says more."""
+    return "".join(text_pieces(source))
+
+
+def text_pieces(source: str) -> Iterator[str]:
+    """The text of a file, or of stdin for "-", a few megabytes at a time.
+
+    A file is read as training reads one: without its byte order mark, after decompression, and, of .parquet, .jsonl,
+    .json, .csv and .tsv, the column text, a row a line.
+
+    Raises ValueError where it is missing, empty, cut short or not UTF-8.
+    """
+    from usmoe.data.text import FilePart
+
+    if source != "-" and not Path(source).is_file():
+        raise ValueError(f"There is no text file {source}. Give a file of UTF-8 text, or - for stdin.")
+    return _pieces(_Stdin() if source == "-" else FilePart(Path(source)))
+
+
+def _pieces(part: Any) -> Iterator[str]:
+    from usmoe.data.text import NotUTF8Error, Text, decoded
+
+    blank = True
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
+        for piece in decoded(Text(parts=(part,))):
+            blank = blank and not piece.strip()
+            yield piece
+    except NotUTF8Error as error:
         raise ValueError(
-            f"{source} is not UTF-8: line {line} holds byte 0x{raw[error.start]:02x}. Convert it."
+            f"{part.name} is not UTF-8: line {error.line} holds byte 0x{error.byte:02x}. Convert it."
         ) from error
-    if not text.strip():
-        raise ValueError(f"{'stdin' if source == '-' else source} holds no text. Give some.")
-    return text
+    if blank:
+        raise ValueError(f"{part.name} holds no text. Give some.")
+
+
+class _Stdin:
+    """Standard input as a part of a text."""
+
+    name = "stdin"
+
+    def blocks(self) -> Iterator[bytes]:
+        first = True
+        while block := sys.stdin.buffer.read(1 << 21):
+            yield block.removeprefix(codecs.BOM_UTF8) if first else block
+            first = False
 
 
 def output_path(path: Path | None, force: bool, flag: str = "--output") -> Path | None:

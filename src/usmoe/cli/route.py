@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from usmoe.cli import options
-from usmoe.cli.options import AsJson, Debug, Device, Dtype, Model, Offline, Seed, read_text
+from usmoe.cli.options import AsJson, Debug, Device, Dtype, Model, Offline, Seed, text_pieces
 from usmoe.models import SAMPLE
 
 
@@ -80,17 +80,17 @@ def _of_text(
     import torch
 
     from usmoe import parse_router
-    from usmoe.cli.tokens import token_ids
+    from usmoe.cli.tokens import first_tokens
     from usmoe.hf.load import load
     from usmoe.hf.patch import patched
     from usmoe.hf.record import record
     from usmoe.routing import OwnChoice
 
     chosen = OwnChoice() if router is None else parse_router(router)
-    text = SAMPLE.read_text(encoding="utf-8") if file is None else read_text(file)
+    pieces = [SAMPLE.read_text(encoding="utf-8")] if file is None else text_pieces(file)
     loaded, tokenizer = load(model, dtype=dtype, device=device, offline=offline)
     limit = getattr(loaded.config, "max_position_embeddings", None) or most
-    ids = token_ids(tokenizer, text)[: min(most, limit)]
+    ids = first_tokens(tokenizer, pieces, min(most, limit))
     with torch.no_grad(), patched(loaded, chosen), record(loaded) as trace:
         loaded(input_ids=ids[None].to(loaded.device), use_cache=False)
     words = [tokenizer.decode([token]) for token in ids.tolist()]

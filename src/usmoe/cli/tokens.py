@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,13 @@ from torch import Tensor
 
 from usmoe.cli.options import read_text
 from usmoe.models import CALIBRATION, SAMPLE
+
+LONG = 1 << 22
+"""Characters of a text that is tokenised whole."""
+
+_CHARACTERS, _MARGIN = 8, 64
+"""Characters read for a token at first, and tokens beyond those that are wanted: where a text is cut, within a word or
+a run of spaces, the last tokens are others than in the whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +54,8 @@ def corpus(tokenizer: Any, model: Any, text: str | None, most: int, length: int)
         quarter = len(whole) // 4
         calibrating, measured = whole[:quarter], whole[quarter:]
         source = f"{'stdin' if text == '-' else text}: thresholds from its first quarter, measured on the rest"
-    ids = token_ids(tokenizer, measured)
-    calibration = token_ids(tokenizer, calibrating)
+    sequences = max(1, most // length)
+    ids, calibration = (_enough(tokenizer, part, length, sequences) for part in (measured, calibrating))
     shortest = min(len(ids), len(calibration))
     if shortest < 32:
         raise ValueError(
@@ -66,6 +75,36 @@ def corpus(tokenizer: Any, model: Any, text: str | None, most: int, length: int)
 def token_ids(tokenizer: Any, text: str) -> Tensor:
     """(tokens,) of the text, without special tokens."""
     return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def first_tokens(tokenizer: Any, pieces: Iterable[str], most: int) -> Tensor:
+    """(tokens,): the first `most` of a text that comes in pieces; fewer where it has fewer. No more is read than needed.
+
+    They are those of the whole text: a tokenizer looks no further ahead than to the end of a word, and what is read
+    goes well beyond the last token that is kept.
+    """
+    text, wanted = "", _CHARACTERS * (most + _MARGIN)
+    pieces = iter(pieces)
+    while True:
+        while len(text) < wanted and (piece := next(pieces, None)) is not None:
+            text += piece
+        ids = token_ids(tokenizer, text[:wanted])
+        if len(ids) >= most + _MARGIN or len(text) < wanted:
+            return ids[:most]
+        wanted *= 2
+
+
+def _enough(tokenizer: Any, text: str, length: int, sequences: int) -> Tensor:
+    """(tokens,) of a text; of one that is longer than LONG characters, `sequences` times `length` tokens that begin at
+    ends of words, evenly spaced over it, since all of them would take long and much memory."""
+    if len(text) <= LONG:
+        return token_ids(tokenizer, text)
+    found = []
+    for near in torch.linspace(0, len(text) - LONG // 4, sequences, dtype=torch.float64).long().tolist():
+        space = re.compile(r"\s").search(text, near, near + _CHARACTERS * length) if near else None
+        start = near if space is None else space.start()
+        found.append(first_tokens(tokenizer, [text[start : start + LONG // 4]], length))
+    return torch.cat(found)
 
 
 def _spread(ids: Tensor, length: int, most: int) -> Tensor:

@@ -28,8 +28,9 @@ class Corpus:
 
     source: str
     """enwik8 | text8 | wikitext103 | lm1b, or with a folder in it: enwik8/wiki2016; the name of a folder in --data DIR;
-    or the path of a text file, or of a folder with the files of train, valid (or validation) and test. Files are plain,
-    .gz, .zip (of one file) or .parquet with the column text."""
+    or the path of a text file, or of a folder with the files of train, valid (or validation) and test. Files are plain
+    text, or rows with the column text (.parquet, .jsonl, .json, .csv, .tsv), as they are or compressed (.gz, .bz2, .xz,
+    .zip of one file)."""
     level: Level | None = None
     """What a token is: byte | char | word | bpe. None: what it is of the named corpus; of any other text, a byte."""
     vocabulary_size: int | None = None

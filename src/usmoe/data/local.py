@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-ENDINGS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+ENDINGS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 """The files that are read as data."""
 
 _NO_DATA = {"manifest.json", "dataset_infos.json", "dataset_info.json", "state.json"}

@@ -12,7 +12,8 @@ from typing import Any
 
 from usmoe.data.corpus import NAMED, SPLITS, Corpus
 from usmoe.data.hub import PUBLISHED, hub_parts
-from usmoe.data.local import manifest, says
+from usmoe.data.local import ENDINGS, manifest, says
+from usmoe.data.opened import COMPRESSED, plain_suffix
 from usmoe.data.text import FilePart, Part, Text, cut
 
 _NAMES = {
@@ -24,9 +25,9 @@ _NAMES = {
     "dev": "validation",
     "test": "test",
 }
-_KINDS = (".raw", ".tokens", ".txt", ".text", "", ".parquet")
-"""Endings of files of text, before .gz or .zip. Where a split has several, the first of these is read: enwik8 as its
-usual script leaves it has the bytes in train.txt.raw, and in train.txt their numbers."""
+_KINDS = (".raw", ".tokens", ".txt", ".text", "", *ENDINGS)
+"""Endings of files of text, before that of a compression. Where a split has several, the first of these is read: enwik8
+as its usual script leaves it has the bytes in train.txt.raw, and in train.txt their numbers."""
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}$")
 _HELD_OUT = 50
 """Files of lm1b's held-out sentences. The first is the customary test set, the second our validation set."""
@@ -166,7 +167,7 @@ def _local(place: Path, corpus: Corpus) -> Source:
     if not splits:
         raise ValueError(
             f"{place} holds no text by the names of splits. Give a file, or a folder with train.txt, valid.txt and "
-            "test.txt (or .gz, .raw, .tokens, .parquet)."
+            "test.txt (or .raw, .tokens, .parquet, .jsonl, .csv; .gz, .bz2, .xz or .zip of these)."
         )
     files = [path for paths in splits.values() for path in paths]
     said = next((said for folder in (place, place.parent) if (said := manifest(folder))), {})
@@ -191,8 +192,8 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
         return shards
     found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.iterdir()):
-        *words, kind = path.name.casefold().removesuffix(".gz").removesuffix(".zip").split(".")
-        words, kind = ([*words, kind], "") if not words else (words, f".{kind}")
+        kind = plain_suffix(path)
+        words = [word for word in path.name.casefold().split(".") if f".{word}" not in (kind, *COMPRESSED)]
         named = [_NAMES[word] for word in (_SHARD.sub("", word) for word in words) if word in _NAMES]
         if path.is_file() and named and kind in _KINDS:
             found.setdefault(named[-1], {}).setdefault(kind, []).append(path)

@@ -6,18 +6,16 @@ Nothing here holds more of a file than a few megabytes, unless there is no white
 from __future__ import annotations
 
 import codecs
-import contextlib
-import gzip
 import itertools
 import re
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, AnyStr, Protocol
+from typing import AnyStr, Protocol
 
 from usmoe.data.corpus import Level
+from usmoe.data.local import ENDINGS
+from usmoe.data.opened import opened, plain_suffix
 
 BLOCK = 1 << 21
 """Bytes that are read at a time."""
@@ -41,7 +39,8 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class FilePart:
-    """A file of text: plain, .gz, .zip of one file, or .parquet with the column text, a row a line."""
+    """A file of text: plain, or rows (.parquet, .jsonl, .json, .csv, .tsv) with the column text, a row a line; as it
+    is, or compressed (.gz, .bz2, .xz, .zip of one file). A byte order mark is no part of the text."""
 
     path: Path
 
@@ -50,30 +49,17 @@ class FilePart:
         return str(self.path)
 
     def blocks(self) -> Iterator[bytes]:
-        """Raises ValueError, naming the file, where it is truncated or of another format."""
-        if self.path.suffix.lower() == ".parquet":
+        """Raises ValueError, naming the file, where it is cut short, of another format, or has rows without a text."""
+        if plain_suffix(self.path) in ENDINGS:
             from usmoe.data.rows import lines
 
             yield from lines(self.path)
             return
-        try:
-            with contextlib.ExitStack() as stack:
-                file = self._open(stack)
-                while block := file.read(BLOCK):
-                    yield block
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path} cannot be read: {error}. Put a whole copy there.") from error
-
-    def _open(self, stack: contextlib.ExitStack) -> IO[bytes] | gzip.GzipFile:
-        if self.path.suffix.lower() == ".gz":
-            return stack.enter_context(gzip.open(self.path))
-        if not zipfile.is_zipfile(self.path):
-            return stack.enter_context(self.path.open("rb"))
-        packed = stack.enter_context(zipfile.ZipFile(self.path))
-        members = [member for member in packed.infolist() if not member.is_dir()]
-        if len(members) != 1:
-            raise zipfile.BadZipFile(f"it packs {len(members)} files, and a text is one")
-        return stack.enter_context(packed.open(members[0]))
+        with opened(self.path) as file:
+            block = file.read(BLOCK).removeprefix(codecs.BOM_UTF8)
+            while block:
+                yield block
+                block = file.read(BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +113,16 @@ def _moved(text: Text, place: int, level: Level) -> int:
     return place - 1 + after.start() if after else place
 
 
+class NotUTF8Error(ValueError):
+    """Bytes that are no UTF-8."""
+
+    def __init__(self, said: str, line: int, byte: int) -> None:
+        super().__init__(said)
+        self.line, self.byte = line, byte
+
+
 def decoded(text: Text) -> Iterator[str]:
-    """The text of UTF-8. Raises ValueError for what is none, with the line."""
+    """The text of UTF-8. Raises NotUTF8Error, a ValueError, for what is none, with the line."""
     decoder, lines = codecs.getincrementaldecoder("utf-8")(), 1
     try:
         for block in text.blocks():
@@ -138,9 +132,11 @@ def decoded(text: Text) -> Iterator[str]:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         line = lines + error.object[: error.start].count(b"\n")
-        raise ValueError(
+        raise NotUTF8Error(
             f"{text.name} is no UTF-8 in line {line:,}{' of the split' if text.start else ''}: {error.reason}. Save it "
-            "as UTF-8, or read it as bytes (level byte)."
+            "as UTF-8, or read it as bytes (level byte).",
+            line,
+            error.object[error.start],
         ) from error
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from usmoe.data.opened import opened, plain_suffix
+
 _JSON_LINES = (".jsonl", ".ndjson")
 _OTHERS = (".csv", ".tsv", ".json")
 """Files whose lines are no texts, though they could be read as such."""
@@ -18,13 +20,14 @@ def texts_of(source: str, column: str | None = None) -> Iterator[str]:
     """The texts of a file, in order; one of them at a time is in memory, or, of Parquet, a row group.
 
     source  "-" for stdin, and what ends in none of the following: UTF-8, a text a line; an empty line is an empty text.
-            .jsonl and .ndjson: an object a line. .parquet: a table
+            .jsonl and .ndjson: an object a line; a blank line is none. .parquet: a table. Of a file that is compressed
+            (.gz, .bz2, .xz, .zip of one file), what is in it
     column  where the text stands in these two; None: "text"
 
     Raises ValueError, with the line or row, for what is not UTF-8, not JSON or no text, and where there is no such file
     or column.
     """
-    suffix = Path(source).suffix.lower()
+    suffix = plain_suffix(Path(source))
     table = suffix in (*_JSON_LINES, ".parquet")
     if column is not None and not table:
         raise ValueError(f"{source} has a text a line, so it has no column {column!r}. Leave --column out.")
@@ -43,7 +46,7 @@ def texts_of(source: str, column: str | None = None) -> Iterator[str]:
     if suffix == ".parquet":
         yield from _column(path, column or "text")
         return
-    with path.open("rb") as file:
+    with opened(path) as file:
         yield from _json_lines(file, source, column or "text") if table else _lines(file, source)
 
 
@@ -61,6 +64,8 @@ def _lines(file: Iterable[bytes], name: str) -> Iterator[str]:
 
 def _json_lines(file: Iterable[bytes], name: str, column: str) -> Iterator[str]:
     for number, line in enumerate(_lines(file, name), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
