@@ -78,7 +78,8 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
 
 
 def first_tokens(tokenizer: Any, pieces: Iterable[str], most: int) -> Tensor:
-    """(tokens,): the first `most` of a text that comes in pieces; fewer where it has fewer. No more is read than needed.
+    """(tokens,): the first `most` of a text that comes in pieces; fewer where it has fewer. The rest is
+    not read.
 
     They are those of the whole text: a tokenizer looks no further ahead than to the end of a word, and what is read
     goes well beyond the last token that is kept.

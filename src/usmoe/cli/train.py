@@ -265,17 +265,16 @@ def _sized(
 def _export(folder: Path, export: Path) -> None:
     import torch
 
-    from usmoe.data.bpe import Pieces
+    from usmoe.data.tokenizer import for_transformers
     from usmoe.train.export import export as write
     from usmoe.train.folder import load_run
 
     trained = load_run(folder)
-    words, context = trained.vocabulary, trained.config.segment
-    tokenizer = words.for_transformers(context) if isinstance(words, Pieces) else None
+    context = trained.config.segment
+    tokenizer = for_transformers(trained.vocabulary, context)
     precision = trained.config.precision  # a run in bfloat16 loses nothing that it computed with
     write(trained.model, tokenizer, export, context=context, dtype=getattr(torch, precision))
-    without = "" if tokenizer else ", without a tokenizer, which level=bpe has"
-    sys.stderr.write(f"Exported: {export} ({precision}{without})\n")
+    sys.stderr.write(f"Exported: {export} ({precision})\n")
 
 
 def keep_memory() -> None:

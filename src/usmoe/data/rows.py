@@ -57,8 +57,8 @@ def read(path: Path) -> Dataset:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The column text of a file of rows as lines of UTF-8, each row ended by one line end. In memory are a thousand rows
-    at a time, or, of .json, .csv and .tsv, all.
+    """The column text of a file of rows as lines of UTF-8, each row ended by one line end. In memory are a thousand
+    rows at a time, or, of .json, .csv and .tsv, all.
 
     Raises ValueError, naming the file, where it cannot be read, has no such column, or a row without a text."""
     kind, before = plain_suffix(path), 0

@@ -18,11 +18,11 @@ from usmoe.embed.features import Extractor, Features, chosen_layers, reading_lay
 from usmoe.embed.place import Place
 from usmoe.embed.settings import Combination, Embedding, EncoderSettings, RouterFeatures
 from usmoe.embed.standardize import Statistics, sample_of
-from usmoe.embed.texts import Reader, longest
+from usmoe.embed.texts import Reader, longest, padding_of
 from usmoe.embed.workers import Workers
 from usmoe.hf.identity import text_of
 from usmoe.hf.layers import Layer
-from usmoe.hf.load import load_as_saved, load_tokenizer
+from usmoe.hf.load import load_as_saved, load_tokenizer, refuse_empty
 from usmoe.hf.wrapped import unwrapped
 from usmoe.layers.pooling import Pooling
 from usmoe.types import promises_of
@@ -110,6 +110,7 @@ class Encoder:
             self.source = getattr(unwrapped(model).config, "_name_or_path", None) or None
             self.model = model
             self.tokenizer = _tokenizer_of(model, tokenizer, self.source, offline)
+        refuse_empty(self.tokenizer, self.source or "The tokenizer that was given")
         self._place = Place(model=self.model, router=router, kept=ours)
         self._make()
         self.statistics = self._statistics(standardize)
@@ -119,7 +120,7 @@ class Encoder:
         settings = self.settings
         limit = longest(self.model, self.tokenizer, settings.max_length)
         self.read = Reader(tokenizer=self.tokenizer, prompt=settings.prompt, max_length=limit)
-        padding = getattr(self.tokenizer, "pad_token_id", None) or 0
+        padding = padding_of(self.model, self.tokenizer)
         layers: tuple[Layer, ...] = ()
         with self.routed():  # also says at once what cannot be
             if self._listens:

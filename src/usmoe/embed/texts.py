@@ -13,6 +13,10 @@ from usmoe.embed.prompts import instructed, template_of
 _AT_ONCE = 4096
 """Texts tokenised in one call: a bound on what the tokenizer holds beside the ids."""
 
+_CHARACTERS, _MARGIN = 8, 64
+"""Characters looked at for a token that is read, at first; and tokens beyond those that are read: where a text is cut
+within a word, its last tokens are others than in the whole."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
@@ -43,6 +47,7 @@ class Reader:
         before, after = template_of(self.prompt)
         before += instructed(instruction)
         found: list[list[int]] = []
+        texts = [self._shortened(text) for text in texts]
         for start in range(0, len(texts), _AT_ONCE):
             part = [f"{before}{text}{after}" for text in texts[start : start + _AT_ONCE]]
             found += self.tokenizer(part, verbose=False)["input_ids"]
@@ -54,6 +59,19 @@ class Reader:
             elif not ids:
                 found[index] = [self._nothing()]
         return found, cut
+
+    def _shortened(self, text: str) -> str:
+        """The text; of one that is far longer than what is read of it, a beginning that has more tokens, and the end,
+        beside which the tokens of the prompt are what they are: a long text takes no longer than a short one."""
+        if self.max_length is None:
+            return text
+        most = self.max_length + _MARGIN
+        size = _CHARACTERS * most
+        while size + _MARGIN < len(text):
+            if len(self.tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"]) > most:
+                return text[:size] + text[-_MARGIN:]
+            size *= 2
+        return text
 
     def _cut(self, before: str, text: str, after: str) -> list[int]:
         """The ids with the end of the text left out, so that they are `max_length`."""
@@ -95,6 +113,14 @@ class Reader:
             "One of the texts is empty, and this tokenizer has no token that begins or ends a text, to read instead. "
             'Leave empty texts out, or give a prompt, such as prompt="prompteol".'
         )
+
+
+def padding_of(model: Any, tokenizer: Any) -> int:
+    """The token that fills a batch: the tokenizer's, or 0 where it has none or the model has no such token. It is
+    masked, so that any would do."""
+    padding = getattr(tokenizer, "pad_token_id", None) or 0
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    return padding if table is None or padding < len(table) else 0
 
 
 def refuse_what_is_no_text(texts: Sequence[str]) -> None:

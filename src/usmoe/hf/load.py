@@ -62,7 +62,22 @@ def load_as_saved(
 
 def load_tokenizer(model: str | Path | None = None, *, offline: bool = False) -> Any:
     """The tokenizer of the shipped model (None), of a folder, or of a hub id. Raises ValueError where there is none."""
-    return _from_pretrained(AutoTokenizer, "tokenizer", model, offline)
+    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", model, offline)
+    refuse_empty(tokenizer, "The shipped model" if model is None else str(model))
+    return tokenizer
+
+
+def refuse_empty(tokenizer: Any, source: str) -> None:
+    """Raise ValueError for a tokenizer that gives a text no token, or none but special ones: of a folder without the
+    files of a tokenizer, transformers makes an empty one for some families, in silence."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    if len(tokenizer) > len(special) and tokenizer("a text", add_special_tokens=False, verbose=False)["input_ids"]:
+        return
+    raise ValueError(
+        f"{source} has no tokenizer: what transformers makes of it knows {len(tokenizer)} special tokens and no text. "
+        "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) beside its config.json, or give "
+        "another folder that has them."
+    )
 
 
 def from_pretrained(path: str | Path, router: Any = None, **options: Any) -> PreTrainedModel:
