@@ -21,7 +21,7 @@ from usmoe.data.corpus import SPLITS, Corpus
 from usmoe.data.encode import write_split
 from usmoe.data.hub import announce
 from usmoe.data.sources import Source, find_source
-from usmoe.data.text import decoded
+from usmoe.data.text import Text, decoded
 from usmoe.data.units import UNITS, Unit
 from usmoe.data.vocabulary import Vocabulary
 from usmoe.report.whole import whole_json
@@ -210,11 +210,21 @@ def _locked(file: IO[Any]) -> bool:
     return True
 
 
+def _not_empty(text: Text) -> Iterator[str]:
+    """The text to learn a vocabulary from. Raises ValueError, naming it, where there is none."""
+    found = False
+    for piece in decoded(text):
+        found = found or bool(piece)
+        yield piece
+    if not found:
+        raise ValueError(f"The train split of {text.name} is empty. Give a text, or a longer one.")
+
+
 def _write(folder: Path, corpus: Corpus, source: Source, vocabulary: Vocabulary | None, wanted: Sequence[str]) -> None:
     learned = vocabulary is None and corpus.reads != "byte"
     texts = source.texts(corpus, [split for split in SPLITS if split in wanted or (learned and split == "train")])
     if vocabulary is None:
-        pieces = decoded(texts["train"]) if learned else ()
+        pieces = _not_empty(texts["train"]) if learned else ()
         alphabet = f" {string.ascii_lowercase}" if corpus.name == "text8" else None
         vocabulary = vocabularies.learn(corpus.reads, pieces, size=corpus.vocabulary_size, alphabet=alphabet)
     vocabularies.save(vocabulary, folder / "vocabulary.json")

@@ -100,7 +100,27 @@ def _load(task: Any, local: LocalData, num_proc: int | None) -> None:
         for subset, there in subsets.items():
             splits: Any = task.dataset
             _check(task, splits[subset] if task.metadata.is_multilingual else splits, there)
+    if isinstance(task, AbsTaskClassification):
+        of_subsets: Any = task.dataset if task.metadata.is_multilingual else {"default": task.dataset}
+        numbered = {subset: _numbered(task, splits) for subset, splits in of_subsets.items()}
+        task.dataset = numbered if task.metadata.is_multilingual else numbered["default"]
     task.data_loaded = True
+
+
+def _numbered(task: Any, splits: Mapping[str, Dataset]) -> DatasetDict:
+    """The splits with their classes as numbers, in the order of the classes: of two that are words, scikit-learn does
+    not know which is the positive one. Whole numbers stay as they are."""
+    name, needed = task.label_column_name, _needed(task)
+    classes = {label for split in needed for label in splits[split][name]}
+    if all(type(label) is int for label in classes):
+        return DatasetDict(dict(splits))
+    places = {label: place for place, label in enumerate(sorted(classes))}
+
+    def renamed(rows: Dataset) -> Dataset:
+        numbers = [places.get(label) for label in rows[name]]
+        return rows.remove_columns(name).add_column(name, numbers)  # pyright: ignore[reportCallIssue]
+
+    return DatasetDict({split: renamed(rows) if split in needed else rows for split, rows in splits.items()})
 
 
 def _needed(task: Any) -> list[str]:
@@ -129,6 +149,12 @@ def _check(task: Any, splits: Mapping[str, Dataset], local: LocalData) -> None:
         require_columns(splits[split], columns(task), local.files.get(split, local.folder))
         if not len(splits[split]):
             raise ValueError(f"{local.files.get(split, local.folder)} has no rows. Give it some.")
+        for name in columns(task):
+            if None in (values := list(splits[split][name])):
+                place = local.files.get(split, local.folder)
+                raise ValueError(
+                    f"Row {values.index(None) + 1:,} of {place} has no {name}. Give it one, or leave it out."
+                )
 
 
 def columns(task: Any) -> list[str]:
