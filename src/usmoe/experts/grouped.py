@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Packed(Protocol):
@@ -42,13 +41,11 @@ def grouped_linear(
     """x @ weight[e].T + bias[e] for the rows of each expert e.
 
     x is sorted by expert; counts[e] rows belong to expert e and sum to N. Gradients flow to x, weight and bias; an
-    expert without rows gets a zero gradient. Differentiable once. Packed weights get no gradient; of them one expert's
-    matrix exists at a time, forward and backward.
+    expert without rows gets a zero gradient. Differentiable any number of times, backward, forward (jvp) and under
+    torch.func; once under torch.compile. Packed weights get no gradient; of them one expert's matrix exists at a time,
+    forward and backward.
     """
-    if not isinstance(weight, Tensor):
-        listed = counts.tolist() if isinstance(counts, Tensor) else counts
-        out = _UnpackedLinear.apply(x, weight, tuple(listed))
-    elif torch.compiler.is_compiling():
+    if isinstance(weight, Tensor) and torch.compiler.is_compiling():
         counts = torch.as_tensor(counts)
         out = torch.ops.usmoe.grouped_linear(x, weight, counts)
     else:
@@ -60,34 +57,82 @@ def grouped_linear(
     return out + bias.to(x.dtype).repeat_interleave(repeats, 0, output_size=len(x))
 
 
-class _UnpackedLinear(torch.autograd.Function):
+class _GroupedLinear(torch.autograd.Function):
+    """x_e @ weight_e.T for the rows of each expert e: (N, D), (E, F, D) -> (N, F). Packed weights have no gradient."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Packed, counts: tuple[int, ...]) -> Tensor:
-        ctx.weight, ctx.counts, ctx.width = weight, counts, x.shape[1]
+    def forward(x: Tensor, weight: Tensor | Packed, counts: tuple[int, ...]) -> Tensor:
         return _forward(x, weight, counts)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, ctx.counts = inputs
+        ctx.packed = None if isinstance(weight, Tensor) else weight
+        kept = (x, weight) if ctx.packed is None else ()
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
     def backward(ctx, grad: Tensor):
         grad = grad.contiguous()
-        grad_x = grad.new_empty(len(grad), ctx.width)
-        for expert, rows in slices(ctx.counts):
-            torch.mm(grad[rows], ctx.weight[expert], out=grad_x[rows])
-        return grad_x, None, None
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        return _forward(x, weight, counts)
+        x, weight = ctx.saved_tensors if ctx.packed is None else (None, ctx.packed)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        grad_x = _GroupedLinear.apply(grad, weight.transpose(1, 2), ctx.counts) if for_x else None
+        return grad_x, _GroupedOuter.apply(grad, x, ctx.counts) if for_weight else None, None
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        return *_backward(grad, x, weight, ctx.counts, *ctx.needs_input_grad[:2]), None
+    def jvp(ctx, x_tangent: Tensor | None, weight_tangent: Tensor | None, _: None) -> Tensor:
+        x, weight = ctx.saved_tensors if ctx.packed is None else (None, ctx.packed)
+        of_x = 0.0 if x_tangent is None else _GroupedLinear.apply(x_tangent, weight, ctx.counts)
+        return of_x + (0.0 if weight_tangent is None else _GroupedLinear.apply(x, weight_tangent, ctx.counts))
+
+    @staticmethod
+    def vmap(info, in_dims, x: Tensor, weight: Tensor | Packed, counts: tuple[int, ...]):
+        return _one_by_one(_GroupedLinear, info, in_dims, x, weight, counts)
+
+
+class _GroupedOuter(torch.autograd.Function):
+    """grad_e.T @ x_e for the rows of each expert e: (N, F), (N, D) -> (E, F, D), the gradient of its weight."""
+
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor, counts: tuple[int, ...]) -> Tensor:
+        shape = (len(counts), grad.shape[1], x.shape[1])
+        out = x.new_empty(shape) if all(counts) else x.new_zeros(shape)
+        for expert, rows in slices(counts):
+            torch.mm(grad[rows].T, x[rows], out=out[expert])
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *kept, ctx.counts = inputs
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
+    def backward(ctx, grad_weight: Tensor):
+        grad, x = ctx.saved_tensors
+        for_grad, for_x, _ = ctx.needs_input_grad
+        grad_grad = _GroupedLinear.apply(x, grad_weight, ctx.counts) if for_grad else None
+        return grad_grad, _GroupedLinear.apply(grad, grad_weight.transpose(1, 2), ctx.counts) if for_x else None, None
+
+    @staticmethod
+    def jvp(ctx, grad_tangent: Tensor | None, x_tangent: Tensor | None, _: None) -> Tensor:
+        grad, x = ctx.saved_tensors
+        of_grad = 0.0 if grad_tangent is None else _GroupedOuter.apply(grad_tangent, x, ctx.counts)
+        return of_grad + (0.0 if x_tangent is None else _GroupedOuter.apply(grad, x_tangent, ctx.counts))
+
+    @staticmethod
+    def vmap(info, in_dims, grad: Tensor, x: Tensor, counts: tuple[int, ...]):
+        return _one_by_one(_GroupedOuter, info, in_dims, grad, x, counts)
+
+
+def _one_by_one(function: Any, info: Any, in_dims: Any, one: Any, other: Any, counts: Any) -> tuple[Tensor, int]:
+    """torch.vmap of a product of two: one element of the batch after the other, since the slices are of any length."""
+    at = [
+        lambda n, x=x, dim=dim: x if dim is None else x.select(dim, n)
+        for x, dim in zip((one, other), in_dims[:2], strict=True)
+    ]
+    return torch.stack([function.apply(at[0](n), at[1](n), counts) for n in range(info.batch_size)]), 0
 
 
 def _forward(x: Tensor, weight: Tensor | Packed, counts: Sequence[int]) -> Tensor:
@@ -95,22 +140,6 @@ def _forward(x: Tensor, weight: Tensor | Packed, counts: Sequence[int]) -> Tenso
     for expert, rows in slices(counts):
         torch.mm(x[rows], weight[expert].T, out=out[rows])
     return out
-
-
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, counts: Sequence[int], for_x: bool = True, for_weight: bool = True
-) -> tuple[Tensor | None, Tensor | None]:
-    grad = grad.contiguous()
-    grad_x = torch.empty_like(x) if for_x else None
-    grad_weight = None
-    if for_weight:
-        grad_weight = torch.empty_like(weight) if all(counts) else torch.zeros_like(weight)
-    for expert, rows in slices(counts):
-        if grad_x is not None:
-            torch.mm(grad[rows], weight[expert], out=grad_x[rows])
-        if grad_weight is not None:
-            torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])
-    return grad_x, grad_weight
 
 
 def slices(counts: Sequence[int]) -> list[tuple[int, slice]]:
@@ -130,7 +159,8 @@ def _operator(x, w, n):
     schema="(Tensor g, Tensor x, Tensor w, Tensor n) -> (Tensor, Tensor)",
 )
 def _operator_backward(g, x, w, n):
-    return _backward(g, x, w, n.tolist())
+    counts, g = tuple(n.tolist()), g.contiguous()
+    return _forward(g, w.transpose(1, 2), counts), _GroupedOuter.forward(g, x, counts)
 
 
 @_operator.register_fake
