@@ -159,6 +159,12 @@ def is_causal(router: Any) -> bool:
     return promises.causal and promises.batch_independent
 
 
+def looks_at_one_token(router: Any) -> bool:
+    """Whether the route of a token is its own matter, so that nothing need be known of the others: it is the same when
+    every token comes alone, and nothing is handed on from one to the next."""
+    return is_causal(router) and promises_of(router).streamable and not getattr(router, "remembers", False)
+
+
 def promises_of(router: Any) -> Promises:
     """The promises that a router carries; none at all for a callable that carries none."""
     promises = getattr(router, "promises", None)

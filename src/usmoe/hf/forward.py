@@ -1,32 +1,37 @@
-"""What a patched model does in a forward: the hooks that `patch` installs.
+"""What a patched model does in a forward: what `patch` puts around it and into it.
 
-On the way in, the model's mask says which tokens are padding, and its cache what the routers remember. In each MoE
-layer, what the router module returns is replaced by our pairs, which the block hands on, untouched, to our function in
-transformers' experts interface. On the way out, the cache takes what the routers will remember, and a balance loss that
-was asked for is computed of the pairs that were routed.
+On the way in (usmoe.hf.entrance), the model's mask says which tokens are padding, and its cache what the routers
+remember. In each MoE layer, what the router module returns is replaced by our pairs, which the block hands on,
+untouched, to our function in transformers' experts interface. On the way out, the cache takes what the routers will remember, and a
+balance loss that was asked for is computed of the pairs that were routed.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from usmoe.hf.layers import Layer
-from usmoe.hf.masks import MisshapenMaskError, UnreadableMaskError, real_tokens
+from usmoe.hf.masks import MisshapenMaskError, Tokens, UnreadableMaskError, tokens_of_mask
 from usmoe.hf.memory import cached_length, is_cache, recall, remember
+from usmoe.hf.packing import by_lengths, is_paged, packed
+from usmoe.hf.wrapped import unwrapped
 from usmoe.layers.balance import pooled_balance_loss
 from usmoe.layers.cut import MovingCut
 from usmoe.routing import OwnChoice
 from usmoe.routing.router import call
-from usmoe.types import RouterOutput, Routing, is_causal
+from usmoe.types import RouterOutput, Routing, is_causal, looks_at_one_token
+
+CARRIED = "_usmoe_patch"
+"""Attribute of a model that is patched: its Patch."""
 
 Listener = Callable[[str, RouterOutput], None]
 """Called with the name of a layer and what its router said."""
@@ -34,7 +39,7 @@ Listener = Callable[[str, RouterOutput], None]
 
 @dataclass(kw_only=True, eq=False)
 class Forward:
-    """The forward in progress, or the last one: gradient checkpointing runs layers again after it."""
+    """What is known of the tokens of one forward."""
 
     shape: tuple[int, int] | None = None
     """(B, L) of its tokens."""
@@ -50,6 +55,10 @@ class Forward:
     """Tokens in its cache; None where the cache does not count."""
     segments: Tensor | None = None
     """(B, L): the example of each token, where several are packed into a sequence."""
+    paged: bool = False
+    """Whether it is a step of transformers' continuous batching."""
+    unmasked: bool = False
+    """Whether it was given no mask, so that the innermost model decides what attention keeps apart."""
     thread: int = field(default_factory=threading.get_ident)
     remembered: Mapping[str, Any] = field(default_factory=dict)
     """The states with which the layers' routers begin."""
@@ -85,6 +94,11 @@ class Patch:
     cuts: list[MovingCut] = field(default_factory=list)
     """Of each layer: where its selections fell in training."""
     forward: Forward = field(default_factory=Forward)
+    """The forward in progress; blank where there is none."""
+    last: Forward = field(default_factory=Forward)
+    """The one before: in backward, gradient checkpointing runs its layers again."""
+    installed: bool = True
+    """False where the patch was taken away, or replaced by another."""
     warned: bool = False
     """Whether generate() has said that a router looks ahead."""
 
@@ -98,66 +112,129 @@ class Patch:
         return copied
 
     @property
+    def idle(self) -> bool:
+        """Whether no forward is in progress, nor run again in backward."""
+        return not self.forward.running and not _in_backward()
+
+    @property
+    def current(self) -> Forward:
+        """What is known of the tokens that come now: those of the forward in progress; in backward, of the last one. A
+        block that is called by itself is told nothing, whatever was known of the tokens before."""
+        return self.last if _in_backward() and not self.forward.running else self.forward
+
+    @property
     def others(self) -> list[Any]:
         """The routers that are not the model's own choice, as it is."""
         return [router for router in self.routers if router != OwnChoice()]
 
 
+def patch_of(model: nn.Module) -> Patch | None:
+    """The Patch that a model carries, itself or inside of what wraps it; None where there is none."""
+    return unwrapped(model).__dict__.get(CARRIED)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 @torch.compiler.disable
-def enter(
-    state: Patch, signature: inspect.Signature, outermost: bool, module: nn.Module, args: Any, kwargs: Any
-) -> tuple[Any, Any] | None:
-    """Before a model's forward. An inner model that is handed no mask (or one that the outer has already worked into
-    another form) leaves what the outer said."""
+def enter(state: Patch, module: nn.Module, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Before the forward of a model, or of a part of it that is called by itself; `given`: its arguments by name. The
+    keyword arguments with which to go on.
+
+    An inner model that is handed no mask (or one that the outer has already worked into another form) leaves what the
+    outer said.
+    """
     if state.forward.elsewhere:
         raise RuntimeError(
             "This patched model is in the middle of a forward in another thread. It serves one at a time: take a lock, "
             "or give each thread a copy.deepcopy() of it."
         )
-    arguments = signature.bind_partial(*args, **kwargs).arguments
-    begins = outermost or not state.forward.running
-    if begins:  # the model, or an inner one that is called by itself
-        state.forward = Forward()
-    now = state.forward
+    begins = not state.forward.running  # the model, or an inner one that is called by itself
+    now = state.forward = Forward() if begins else state.forward
     names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-    tokens = next((arguments[name] for name in names if isinstance(arguments.get(name), Tensor)), None)
-    mask = arguments.get("attention_mask")
-    cache = arguments.get("past_key_values")
+    names = names if isinstance(module, PreTrainedModel) else ("hidden_states", *given)
+    tokens = next((given[name] for name in names if isinstance(given.get(name), Tensor) and given[name].ndim > 1), None)
+    mask = given.get("attention_mask")
     shape = now.shape if tokens is None else (tokens.shape[0], tokens.shape[1])
     now.around.append((now.shape, now.valid))
-    if begins:
-        now.past = cached_length(cache)
-        now.valid = _real(state, mask, shape, now.past)
-        now.segments = _segments(arguments.get("position_ids"), mask, shape, now.past)
-        now.remembered = recall(cache, state.routers) if is_cache(cache) else {}
-    elif isinstance(mask, Tensor) and mask.ndim == 2:
-        now.valid = _real(state, mask, shape, now.past if shape == now.shape else None)
-    elif shape != now.shape and now.shape is not None:  # a decoder with tokens of its own
-        now.valid = None
-    now.shape = shape
-    every = arguments | arguments.get("kwargs", {})
-    if outermost and _their_balance_loss(state, module, every):
-        if every.get("return_dict") is False:
-            raise ValueError(
-                f"output_router_logits with return_dict=False leaves no place for the balance loss under "
-                f"{state.others[0]}. Leave return_dict out."
-            )
-        now.said = []
-        return args, kwargs | {"output_router_logits": False}
-    return None
+    try:
+        if begins:
+            _begin(state, module, given, shape)
+        elif isinstance(mask, Tensor) and mask.ndim == 2:
+            now.valid = _tokens(state, mask, shape, now.past if shape == now.shape else None)[0]
+        elif shape != now.shape and now.shape is not None:  # a decoder with tokens of its own
+            now.valid = None
+        elif now.unmasked and mask is None and shape is not None:  # the innermost model makes the mask of attention
+            now.valid, now.segments = packed(module, given, *shape)
+        now.shape = shape
+        if module is state.model and _their_balance_loss(state, module, given):
+            if given.get("return_dict") is False:
+                raise ValueError(
+                    f"output_router_logits with return_dict=False leaves no place for the balance loss under "
+                    f"{state.others[0]}. Leave return_dict out."
+                )
+            now.said = []
+            return kwargs | {"output_router_logits": False}
+        return kwargs
+    except BaseException:
+        now.shape, now.valid = now.around.pop()
+        state.forward = now if now.running else Forward()
+        raise
 
 
-def _real(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int | None) -> Tensor | None:
-    """Which tokens are real. Where tokens compete, padding must be known; a router that looks at one token alone may do
-    without."""
-    if mask is None:
-        return None
+def _begin(state: Patch, module: nn.Module, given: dict[str, Any], shape: tuple[int, int] | None) -> None:
+    """Learn which tokens are real, which belong to one example, and what the routers remember of those before."""
+    now, mask, cache = state.forward, given.get("attention_mask"), given.get("past_key_values")
+    if is_paged(given):
+        refuse_continuous_batching(router for router in state.routers if getattr(router, "remembers", False))
+        assert shape is not None
+        now.paged = True
+        now.valid, now.segments = by_lengths(given["cu_seq_lens_q"], shape[1])
+        return
+    now.past = cached_length(cache, _index(module))
+    if mask is not None:
+        now.valid, now.segments = _tokens(state, mask, shape, now.past)
+    elif shape is not None and isinstance(module, PreTrainedModel):
+        now.unmasked = True
+        now.valid, now.segments = packed(module, given, *shape)
+    now.remembered = recall(cache, state.routers) if is_cache(cache) else {}
+    if now.segments is not None and is_cache(cache):
+        for router in state.routers:
+            if getattr(router, "remembers", False):
+                raise ValueError(
+                    f"Several examples are packed into one row here, and {router} remembers one for each row of the "
+                    "cache. Give them without a cache (use_cache=False), or a row to each."
+                )
+
+
+def refuse_continuous_batching(remembering: Iterable[Any]) -> None:
+    """Raise ValueError for a router that remembers: transformers' engine says which tokens are those of one request,
+    and not of which; and what a request has in common with another it does not run again."""
+    for router in remembering:
+        raise ValueError(
+            f"{router} remembers the tokens before, and transformers' continuous batching does not say which request "
+            "is which: it cannot go on with what it has spent on each. Use a threshold without burst, or generate()."
+        )
+
+
+def _index(part: nn.Module) -> int:
+    """Which layer of a cache the keys and values of a part are; 0 for a whole model."""
+    if isinstance(part, PreTrainedModel):
+        return 0
+    known = (getattr(module, "layer_idx", None) for module in part.modules())
+    return next((index for index in known if isinstance(index, int)), 0)
+
+
+def _tokens(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int | None) -> Tokens:
+    """Which tokens are real, and which belong to one example. Where tokens compete, that must be known; a router that
+    looks at one token alone may do without."""
     try:
         if shape is None:
             if isinstance(mask, Tensor) and mask.ndim == 2:
-                return mask.bool()
+                return mask.bool(), None
             raise UnreadableMaskError("without input_ids or inputs_embeds beside it")
-        return real_tokens(mask, *shape, past)
+        return tokens_of_mask(mask, *shape, past)
     except MisshapenMaskError as error:
         raise ValueError(
             f"usmoe cannot tell from an attention mask {error} which tokens are padding. Give attention_mask "
@@ -165,30 +242,13 @@ def _real(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int | No
         ) from None
     except UnreadableMaskError as error:
         for router in state.routers:
-            if not _looks_at_one_token(router):
+            if not looks_at_one_token(router):
                 raise ValueError(
-                    f"usmoe cannot tell from an attention mask {error} which tokens are padding, and under {router} "
-                    "padding would compete. Give attention_mask (sequences, tokens), 0 for padding."
+                    f"usmoe cannot tell from an attention mask {error} which tokens are padding and which belong "
+                    f"together, and under {router} they would compete. Give attention_mask (sequences, tokens), 0 for "
+                    "padding, or use a threshold, which looks at each token by itself."
                 ) from None
-        return None
-
-
-def _looks_at_one_token(router: Any) -> bool:
-    """Whether the route of a token is its own matter, so that nothing need be known of the others."""
-    return is_causal(router) and not getattr(router, "remembers", False)
-
-
-def _segments(positions: Any, mask: Any, shape: tuple[int, int] | None, past: int | None) -> Tensor | None:
-    """The example of each token, where positions begin anew within a sequence: so transformers, too, knows packed
-    examples, and keeps them apart, where it is given neither a mask nor a cache with tokens in it."""
-    if shape is None or mask is not None or past or not isinstance(positions, Tensor):
-        return None
-    if positions.ndim != 2 or positions.shape[1] != shape[1]:  # positions of images have three
-        return None
-    breaks = positions.diff(dim=1) != 1
-    if not bool(breaks.any()):
-        return None
-    return torch.nn.functional.pad(breaks.long().cumsum(1), (1, 0)).expand(shape)
+        return None, None
 
 
 def _their_balance_loss(state: Patch, module: nn.Module, arguments: Mapping[str, Any]) -> bool:
@@ -212,12 +272,11 @@ def _coefficient(module: Any) -> float | None:
 def leave(state: Patch, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """After a model's forward, also one that failed (then there is no output)."""
     now = state.forward
-    if now.elsewhere:
-        return output
     if len(now.around) > 1:
         now.shape, now.valid = now.around.pop()
         return output
-    now.around.clear()  # what the tokens were stays known: gradient checkpointing runs the layers again
+    now.around.clear()
+    state.last, state.forward = now, Forward()
     if output is None:
         return None
     if now.states:
@@ -244,18 +303,19 @@ def _with_our_balance_loss(output: Any, said: list[RouterOutput], coefficient: f
 @torch.compiler.disable
 def learn_grid(state: Patch, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
     """Before a block: which it is, and how many sequences of how many tokens it is given."""
-    state.forward.blocks[name] = block
+    now = state.current
+    now.blocks[name] = block
     hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     if isinstance(hidden, Tensor) and hidden.ndim == 3:
-        state.forward.grids[name] = (hidden.shape[0], hidden.shape[1])
+        now.grids[name] = (hidden.shape[0], hidden.shape[1])
     else:
-        state.forward.grids.pop(name, None)
+        now.grids.pop(name, None)
 
 
 @torch.compiler.disable  # the pairs are data: compiled code breaks its graph here
 def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tuple) -> tuple:
     """After a router module: our pairs in place of its own."""
-    layer, router, now = state.layers[index], state.routers[index], state.forward
+    layer, router, now = state.layers[index], state.routers[index], state.current
     rule = layer.rule
     assert rule is not None
     flat = rule.outputs.read_logits(output)
@@ -275,6 +335,8 @@ def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tupl
         state=now.remembered.get(layer.name),
     )
     if routing.state is not None:
+        if now.paged:
+            refuse_continuous_batching([router])
         now.states[layer.name] = routing.state
     if module.training and not is_causal(router):
         state.cuts[index].update(routing.cut, router)
@@ -298,7 +360,7 @@ def _of_real_tokens(routing: Routing, valid: Tensor) -> Routing:
 def _grid(state: Patch, layer: Layer, router: Any, tokens: int) -> tuple[tuple[int, int], Tensor | None]:
     """(B, L) of the tokens that a layer sees, and which are real. Some blocks flatten their tokens, or see but some of
     them (a vision tower's, say)."""
-    now = state.forward
+    now = state.current
     shapes = [now.shape] if now.running or now.valid is not None else []
     shapes += [now.grids.get(layer.name), now.shape]
     known = next((shape for shape in shapes if shape is not None and shape[0] * shape[1] == tokens), None)
@@ -306,7 +368,7 @@ def _grid(state: Patch, layer: Layer, router: Any, tokens: int) -> tuple[tuple[i
     partly = known is None and now.shape is not None and now.shape[0] > 1  # whose tokens are they?
     if (now.valid is None and not partly) or (now.valid is not None and tuple(now.valid.shape) == found):
         return found, now.valid
-    if _looks_at_one_token(router):
+    if looks_at_one_token(router):
         return found, None
     raise ValueError(
         f"{layer.name} sees {found[0]} x {found[1]} tokens, but the model was given {now.shape}, and "

@@ -106,12 +106,13 @@ def is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length") and hasattr(value, "reorder_cache")
 
 
-def cached_length(cache: Any) -> int | None:
-    """How many tokens a cache holds; 0 for None, and None for one that does not count (of linear attention alone)."""
+def cached_length(cache: Any, layer: int = 0) -> int | None:
+    """How many tokens a cache holds of a layer; 0 for None, and None for one that does not count (of linear attention
+    alone)."""
     if cache is None:
         return 0
     try:
-        return int(cache.get_seq_length())
+        return int(cache.get_seq_length(layer))
     except (AttributeError, ValueError):  # transformers' word for a cache without attention layers
         return None
 

@@ -1,7 +1,8 @@
 """`patch`: a pretrained MoE model under another router, in place, without training, and back again.
 
-Hooks do it (usmoe.hf.forward): on the model, on each MoE block and on each router module. The block hands our pairs on,
-untouched, to our function in transformers' experts interface. No weight and no class is changed.
+It is done by what stands around the model's forward (usmoe.hf.entrance), and by hooks on each MoE block and on each
+router module (usmoe.hf.forward). The block hands our pairs on, untouched, to our function in transformers' experts
+interface. No weight and no class is changed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import inspect
 import types
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,9 +20,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from usmoe.hf.entrance import close_entrances, open_entrances
 from usmoe.hf.experts import IMPLEMENTATION, PATCHED
-from usmoe.hf.forward import Listener, Patch, enter, learn_grid, leave, reroute
-from usmoe.hf.layers import Layer, behind_interface, moe_layers, plain_name
+from usmoe.hf.forward import CARRIED, Listener, Patch, learn_grid, patch_of, reroute
+from usmoe.hf.generation import ENGINES, forget_engine
+from usmoe.hf.layers import Layer, behind_interface, moe_layers
 from usmoe.hf.packed import packed_experts, refuse_adapted
 from usmoe.hf.saved import written
 from usmoe.hf.wrapped import unwrapped
@@ -32,9 +33,6 @@ from usmoe.layers.cut import MovingCut
 from usmoe.routing import OwnChoice
 from usmoe.routing.host import Host
 from usmoe.routing.router import Router, experts_per_token, refuse_what_is_no_router
-from usmoe.types import is_causal
-
-_ATTRIBUTE = "_usmoe_patch"
 
 
 def patch(model: PreTrainedModel, router: Any) -> PreTrainedModel:
@@ -88,6 +86,7 @@ def _install(
     """
     old = patch_of(model)
     unpatch(model)
+    forget_engine(model)
     state = Patch(
         layers=layers,
         routers=routers,
@@ -96,14 +95,8 @@ def _install(
         listeners=[] if old is None else old.listeners,
         cuts=cuts or [MovingCut() for _ in layers],
     )
-    setattr(model, _ATTRIBUTE, state)
-    for name, module in model.named_modules():
-        # models that hold MoE layers: the mask of a vision tower beside them is none of theirs
-        holds = not name or any(layer.name.startswith(f"{plain_name(name)}.") for layer in layers)
-        if holds and isinstance(module, PreTrainedModel):
-            hook = partial(enter, state, inspect.signature(module.forward), module is model)
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            module.register_forward_hook(partial(leave, state), with_kwargs=True, always_call=True)
+    setattr(model, CARRIED, state)
+    open_entrances(state, model)
     for index, layer in enumerate(layers):
         for block in layer.blocks:
             block.register_forward_pre_hook(partial(learn_grid, state, layer.name), with_kwargs=True)
@@ -115,7 +108,7 @@ def _install(
             setattr(config, PATCHED, experts.config)
             config._experts_implementation_internal = IMPLEMENTATION  # pyright: ignore
             experts.config = config
-    for name, method in (("generate", generate), ("save_pretrained", save_pretrained)):
+    for name, method in (*ENGINES.items(), ("save_pretrained", save_pretrained)):
         if hasattr(model, name):
             state.methods[name] = model.__dict__.get(name)
             setattr(model, name, types.MethodType(method, model))
@@ -126,6 +119,8 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     inner = unwrapped(model)
     state = patch_of(inner)
     if state is not None:
+        forget_engine(inner)
+        close_entrances(state, inner)
         for module in inner.modules():  # also those that were copied since, hooks and all
             _without_hooks(module, state)
             before = getattr(getattr(module, "config", None), PATCHED, None)
@@ -135,7 +130,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
             delattr(inner, name)
             if before is not None:
                 setattr(inner, name, before)
-        delattr(inner, _ATTRIBUTE)
+        delattr(inner, CARRIED)
     return model
 
 
@@ -156,24 +151,6 @@ def _companions(module: nn.Module) -> list[Any]:
         module._forward_hooks_with_kwargs,
         module._forward_hooks_always_called,
     ]
-
-
-def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own generate(), with a warning, once, where its router looks ahead: what it then generates is not
-    what it was scored on."""
-    state = patch_of(self)
-    assert state is not None
-    ahead = next((router for router in state.routers if not is_causal(router)), None)
-    if ahead is not None and not state.warned:
-        state.warned = True
-        warnings.warn(
-            f"{ahead} looks at tokens that are not generated yet, or at other sequences: step by step it routes "
-            "otherwise than over a whole text. For generation use thresholds, "
-            "usmoe.patch(model, usmoe.calibrate(model, batches, router)), or USMoE(pool='prefix').",
-            stacklevel=2,
-        )
-    before = state.methods["generate"]
-    return type(self).generate(self, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
 def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -224,11 +201,6 @@ def unpatched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             now = patch_of(model)
             assert now is not None
             now.listeners = before.listeners
-
-
-def patch_of(model: nn.Module) -> Patch | None:
-    """The Patch that a model carries, itself or inside of what wraps it; None where there is none."""
-    return unwrapped(model).__dict__.get(_ATTRIBUTE)
 
 
 @contextlib.contextmanager
@@ -287,7 +259,7 @@ def one_for_each(router: Any, layers: Sequence[Layer]) -> list[Any]:
 
 
 def _refuse_nested(model: PreTrainedModel) -> None:
-    inside = [name for name, module in model.named_modules() if name and _ATTRIBUTE in module.__dict__]
+    inside = [name for name, module in model.named_modules() if name and CARRIED in module.__dict__]
     if inside:
         raise ValueError(f"{inside[0]} of this model is patched by itself. Unpatch that module first: usmoe.unpatch().")
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
@@ -304,7 +276,7 @@ def _tracked_layers(model: nn.Module) -> list[Tracked]:
     """The layers of every patched model inside, for usmoe.to_causal."""
     return [
         Tracked(name=layer.name, router=router, cut=cut, become=partial(patch.routers.__setitem__, index))
-        for patch in (module.__dict__.get(_ATTRIBUTE) for module in model.modules())
+        for patch in (module.__dict__.get(CARRIED) for module in model.modules())
         if patch is not None
         for index, (layer, router, cut) in enumerate(zip(patch.layers, patch.routers, patch.cuts, strict=True))
     ]
