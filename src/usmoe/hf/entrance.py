@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from usmoe.hf.forward import Patch, enter, leave
+from usmoe.hf.forward import Patch, enter, leave, settle
 
 
 class Entrance:
@@ -22,27 +22,31 @@ class Entrance:
     def __init__(self, state: Patch, module: nn.Module) -> None:
         self.state, self.module = state, module
         self.whole = isinstance(module, PreTrainedModel)
-        self.before = module.__dict__.get("forward")
+        self.before: Any = module.__dict__.get("forward")
         """What another library had put there; None for the forward of the module's class."""
         self.__signature__ = inspect.signature(module.forward)
         """That of the module's own forward: Trainer, generate() and sentence-transformers choose arguments by it."""
 
-    def own(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
+    def _plainly(self, args: Any, kwargs: Any) -> Any:
+        """What the module's own forward says."""
         if self.before is not None:
             return self.before(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        forward: Any = type(self.module).forward
+        return forward(self.module, *args, **kwargs)
 
-    @torch._dynamo.disable(recursive=False)  # a compiler takes the modules inside
+    @torch.compiler.disable(recursive=False)  # a compiler takes the modules inside
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
-        # what another library keeps of a patch that is gone; or a part in its place
-        if not state.installed or not (self.whole or state.idle):
-            return self.own(*args, **kwargs)
+        if not state.installed:  # what another library keeps of a patch that is gone
+            return self._plainly(args, kwargs)
+        if not self.whole and not state.idle:  # a part in its place
+            if state.current.unsettled:
+                settle(state, _named(self.__signature__, args, kwargs))
+            return self._plainly(args, kwargs)
         kwargs = enter(state, self.module, _named(self.__signature__, args, kwargs), kwargs)
         output = None
         try:
-            output = self.own(*args, **kwargs)
+            output = self._plainly(args, kwargs)
         finally:
             output = leave(state, self.module, args, kwargs, output)
         return output
@@ -56,12 +60,13 @@ def _named(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, An
 
 
 def open_entrances(state: Patch, model: nn.Module) -> None:
-    """Put an Entrance on a model, on the models inside of it that hold its MoE layers, and on their parts that do."""
+    """Put an Entrance on a model, on the models inside of it that hold its MoE layers, and on their parts that do; on a
+    block itself where it is handed the mask."""
     blocks = {block for layer in state.layers for block in layer.blocks}
     for module in model.modules():
-        if module in blocks or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or not any(inner in blocks for inner in module.modules()):
             continue
-        if any(inner in blocks for inner in module.modules()):
+        if module not in blocks or "attention_mask" in inspect.signature(module.forward).parameters:
             module.forward = Entrance(state, module)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -2,8 +2,8 @@
 
 On the way in (usmoe.hf.entrance), the model's mask says which tokens are padding, and its cache what the routers
 remember. In each MoE layer, what the router module returns is replaced by our pairs, which the block hands on,
-untouched, to our function in transformers' experts interface. On the way out, the cache takes what the routers will remember, and a
-balance loss that was asked for is computed of the pairs that were routed.
+untouched, to our function in transformers' experts interface. On the way out, the cache takes what the routers will
+remember, and a balance loss that was asked for is computed of the pairs that were routed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from usmoe.hf.layers import Layer
 from usmoe.hf.masks import MisshapenMaskError, Tokens, UnreadableMaskError, tokens_of_mask
 from usmoe.hf.memory import cached_length, is_cache, recall, remember
-from usmoe.hf.packing import by_lengths, is_paged, packed
+from usmoe.hf.packing import begin_anew, by_flash_attention, by_lengths, is_paged
 from usmoe.hf.wrapped import unwrapped
 from usmoe.layers.balance import pooled_balance_loss
 from usmoe.layers.cut import MovingCut
@@ -32,6 +32,8 @@ from usmoe.types import RouterOutput, Routing, is_causal, looks_at_one_token
 
 CARRIED = "_usmoe_patch"
 """Attribute of a model that is patched: its Patch."""
+
+_not_compiled: Any = torch.compiler.disable
 
 Listener = Callable[[str, RouterOutput], None]
 """Called with the name of a layer and what its router said."""
@@ -58,7 +60,11 @@ class Forward:
     paged: bool = False
     """Whether it is a step of transformers' continuous batching."""
     unmasked: bool = False
-    """Whether it was given no mask, so that the innermost model decides what attention keeps apart."""
+    """Whether it was given no mask."""
+    unsettled: bool = False
+    """Whether its positions begin anew, so that each layer's mask says what attention keeps apart."""
+    settled: bool = False
+    """Whether a layer's mask has said it."""
     thread: int = field(default_factory=threading.get_ident)
     remembered: Mapping[str, Any] = field(default_factory=dict)
     """The states with which the layers' routers begin."""
@@ -137,7 +143,7 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@torch.compiler.disable
+@_not_compiled
 def enter(state: Patch, module: nn.Module, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Before the forward of a model, or of a part of it that is called by itself; `given`: its arguments by name. The
     keyword arguments with which to go on.
@@ -151,7 +157,10 @@ def enter(state: Patch, module: nn.Module, given: dict[str, Any], kwargs: dict[s
             "or give each thread a copy.deepcopy() of it."
         )
     begins = not state.forward.running  # the model, or an inner one that is called by itself
-    now = state.forward = Forward() if begins else state.forward
+    now = state.forward
+    if begins:
+        whole = isinstance(module, PreTrainedModel)
+        now = state.forward = Forward() if whole else Forward(grids=now.grids, blocks=now.blocks)
     names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
     names = names if isinstance(module, PreTrainedModel) else ("hidden_states", *given)
     tokens = next((given[name] for name in names if isinstance(given.get(name), Tensor) and given[name].ndim > 1), None)
@@ -165,8 +174,8 @@ def enter(state: Patch, module: nn.Module, given: dict[str, Any], kwargs: dict[s
             now.valid = _tokens(state, mask, shape, now.past if shape == now.shape else None)[0]
         elif shape != now.shape and now.shape is not None:  # a decoder with tokens of its own
             now.valid = None
-        elif now.unmasked and mask is None and shape is not None:  # the innermost model makes the mask of attention
-            now.valid, now.segments = packed(module, given, *shape)
+        elif now.unmasked and mask is None and shape is not None:  # the innermost model knows which attention it is
+            now.valid, now.segments = by_flash_attention(module.config, given, *shape) or (now.valid, now.segments)
         now.shape = shape
         if module is state.model and _their_balance_loss(state, module, given):
             if given.get("return_dict") is False:
@@ -197,7 +206,9 @@ def _begin(state: Patch, module: nn.Module, given: dict[str, Any], shape: tuple[
         now.valid, now.segments = _tokens(state, mask, shape, now.past)
     elif shape is not None and isinstance(module, PreTrainedModel):
         now.unmasked = True
-        now.valid, now.segments = packed(module, given, *shape)
+        flash = by_flash_attention(module.config, given, *shape)
+        now.unsettled = flash is None and begin_anew(given, shape[1])
+        now.valid, now.segments = flash or (None, None)
     now.remembered = recall(cache, state.routers) if is_cache(cache) else {}
     if now.segments is not None and is_cache(cache):
         for router in state.routers:
@@ -206,6 +217,16 @@ def _begin(state: Patch, module: nn.Module, given: dict[str, Any], shape: tuple[
                     f"Several examples are packed into one row here, and {router} remembers one for each row of the "
                     "cache. Give them without a cache (use_cache=False), or a row to each."
                 )
+
+
+@_not_compiled
+def settle(state: Patch, given: Mapping[str, Any]) -> None:
+    """Before a layer of a model whose positions begin anew: the mask that its attention is handed says whether they are
+    those of several examples. Without a mask, all of a row is one to it."""
+    now = state.current
+    if "attention_mask" in given:
+        mask, now.settled = given["attention_mask"], True
+        now.segments = None if mask is None else _tokens(state, mask, now.shape, now.past)[1]
 
 
 def refuse_continuous_batching(remembering: Iterable[Any]) -> None:
@@ -268,7 +289,7 @@ def _coefficient(module: Any) -> float | None:
     return None
 
 
-@torch.compiler.disable
+@_not_compiled
 def leave(state: Patch, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """After a model's forward, also one that failed (then there is no output)."""
     now = state.forward
@@ -324,6 +345,11 @@ def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tupl
     valid = None if valid is None else valid.to(logits.device)
     # a model routes its padding, too, and in some it reaches the real tokens: under its own rule, all is as it was
     competes = None if isinstance(router, OwnChoice) else valid
+    if now.unsettled and not now.settled and not looks_at_one_token(router):
+        raise ValueError(
+            f"The positions begin anew within a row, and usmoe cannot tell whether the attention before {layer.name} "
+            f"keeps apart what they part. Under {router} tokens compete: give each example a row of its own."
+        )
     host = rule.live(module, now.blocks.get(layer.name, layer.block))
     segments = now.segments if now.segments is not None and now.segments.shape == (batch, length) else None
     routing = call(

@@ -52,8 +52,9 @@ def tokens_of_mask(mask: Any, batch: int, length: int, past: int | None) -> Toke
         return mask[:, keys - length :].bool(), None
     if mask.ndim == 4 and len(mask) in (1, batch) and mask.shape[2] == length <= keys:
         first = past if past is not None and past + length <= keys else keys - length
-        real, example = _by_looks(_looks(mask), first)
-        return real.expand(batch, length), None if example is None else example.expand(batch, length)
+        found = _by_looks(_looks(mask), first)
+        real, example = (None if one is None else one.expand(batch, length) for one in found)
+        return real, example
     held = f" and {past} in the cache" if past else ""
     raise MisshapenMaskError(f"of shape {tuple(mask.shape)} for {batch} x {length} tokens{held}")
 

@@ -1,19 +1,19 @@
-"""Which example each token belongs to, where several are packed into one row without a mask that says it: by the
-lengths that flash attention is given, or by positions that begin anew.
+"""Which example each token belongs to, where several are packed into one row and no mask of the caller's says so: by
+the lengths that flash attention is given, or by positions that begin anew.
 
-Routing keeps examples apart where attention does, and nowhere else. Both are decided by transformers, in
-`masking_utils` and `modeling_flash_attention_utils`, by rules that are repeated here.
+Routing keeps examples apart where attention does, and nowhere else. Whether attention does is for each family to say:
+some never heed positions, and none does beside a cache. So where positions begin anew, the mask that a layer is handed
+by its model decides (`usmoe.hf.forward.settle`); flash attention has none, and decides by the arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from torch import Tensor
 from transformers.utils.generic import is_flash_attention_requested
 
 from usmoe.hf.masks import Tokens
@@ -33,42 +33,30 @@ def by_lengths(cumulative: Int[Tensor, " N+1"], length: int) -> Tokens:
     return real.unsqueeze(0), torch.searchsorted(cumulative[1:].contiguous(), index, right=True).unsqueeze(0)
 
 
-def packed(module: nn.Module, given: Mapping[str, Any], batch: int, length: int) -> Tokens:
-    """What attention makes of a forward (B, L) without a mask, whose arguments are `given`: (None, None) where a row
-    is one example to it, whatever its positions."""
-    positions = given.get("position_ids")
-    if isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
-        positions = positions[0]  # of text, beside three for images
-    known = isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == length
-    if is_flash_attention_requested(module.config):
-        lengths = [given.get(f"{name}_{end}") for name in ("cu_seq_lens", "max_length") for end in ("q", "k")]
-        if all(one is not None for one in lengths) and isinstance(lengths[0], Tensor):
-            real, example = by_lengths(lengths[0], batch * length)
-            return real.view(batch, length), example.view(batch, length)
-        return None, _restarts(positions, batch, length) if known and batch == 1 else None
-    masked = module.config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS
-    if not known or not masked or _has_cache(module, given) or not _is_causal(module, given):
-        return None, None
-    return None, _restarts(positions, batch, length)
+def begin_anew(given: Mapping[str, Any], length: int) -> bool:
+    """Whether the positions of a forward do not go on by one within a row of L tokens."""
+    positions = _positions(given, length)
+    return positions is not None and bool((positions.diff(dim=1) != 1).any())
 
 
-def _restarts(positions: Tensor, batch: int, length: int) -> Int[Tensor, "B L"] | None:
-    """The example of each token, from positions that do not go on by one; None where all do."""
-    breaks = positions.diff(dim=1) != 1
-    if not bool(breaks.any()):
+def by_flash_attention(config: Any, given: Mapping[str, Any], batch: int, length: int) -> Tokens | None:
+    """What flash attention makes of a forward (B, L) without a mask; None where another attention is used."""
+    if not is_flash_attention_requested(config):
         return None
-    return torch.nn.functional.pad(breaks.long().cumsum(1), (1, 0)).expand(batch, length)
+    lengths = [given.get(f"{name}_{end}") for name in ("cu_seq_lens", "max_length") for end in ("q", "k")]
+    if all(one is not None for one in lengths) and isinstance(lengths[0], Tensor):
+        real, example = (cast(Tensor, one).view(batch, length) for one in by_lengths(lengths[0], batch * length))
+        return real, example
+    positions = _positions(given, length)
+    if batch > 1 or positions is None or not begin_anew(given, length):
+        return None, None
+    return None, torch.nn.functional.pad((positions.diff(dim=1) != 1).long().cumsum(1), (1, 0))
 
 
-def _has_cache(module: Any, given: Mapping[str, Any]) -> bool:
-    """Whether a model is given a cache, if only an empty one, or makes one."""
-    if given.get("past_key_values") is not None:
-        return True
-    asked = given.get("use_cache")
-    asked = getattr(module.config, "use_cache", False) if asked is None else asked
-    return bool(asked) and not (getattr(module, "gradient_checkpointing", False) and module.training)
-
-
-def _is_causal(module: Any, given: Mapping[str, Any]) -> bool:
-    asked = given.get("is_causal")
-    return bool(getattr(module.config, "is_causal", True) if asked is None else asked)
+def _positions(given: Mapping[str, Any], length: int) -> Int[Tensor, "B L"] | None:
+    positions = given.get("position_ids")
+    if not isinstance(positions, Tensor):
+        return None
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of text, beside three for images
+    return positions if positions.ndim == 2 and positions.shape[1] == length else None
