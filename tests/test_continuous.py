@@ -166,7 +166,10 @@ def test_answers_that_branch_off_from_one_prompt():
 def test_requests_that_are_put_off_and_run_again():
     """Five pages of 32 tokens for three requests that grow to 50 each."""
     model, given = model_of(ALONE[2]), prompts(30, 29, 28)
-    said = together(model, given, options(max_new_tokens=20), num_blocks=5, max_batch_tokens=32)
+    with usmoe.record(model) as trace:
+        said = together(model, given, options(max_new_tokens=20), num_blocks=5, max_batch_tokens=32)
+    ran = sum(routing.num_tokens for routing in trace.routings["model.layers.0.mlp"])
+    assert ran > sum(map(len, given)) + 3 * 19  # some ran twice
     way = dict(max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert said == [model.generate(torch.tensor([one]), **way)[0, len(one) :].tolist() for one in given]
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 import usmoe
 from tiny import tiny, tokens
@@ -79,15 +79,45 @@ def test_beam_search_reorders_what_the_router_remembers(router):
     assert (moved[moved >= 0].view(-1) != cached.beam_indices[:, :5][moved >= 0].view(-1)).any()
 
 
-@pytest.mark.parametrize("router", REMEMBERS, ids=str)
-def test_assisted_decoding_is_refused_where_what_was_spent_cannot_be_taken_back(router):
-    model = usmoe.patch(tiny(initializer_range=0.4).double(), router)
+ASSISTED = {
+    "prompt lookup": lambda: dict(prompt_lookup_num_tokens=3),
+    "an assistant": lambda: dict(assistant_model=tiny(seed=1).double()),
+    "its own first layers": lambda: dict(assistant_early_exit=1),
+    "a configuration": lambda: dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3, eos_token_id=1)),
+}
+"""Ways to have tokens guessed, which are dropped again where the guess was wrong."""
+
+
+@pytest.mark.parametrize("way", ASSISTED)
+def test_assisted_decoding_is_refused_at_the_start_where_what_was_spent_cannot_be_taken_back(way):
     x = tokens(1, 4).repeat(1, 4)
+    length = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    for router in REMEMBERS:
+        model = usmoe.patch(tiny(initializer_range=0.4).double(), router)
+        ran = model.register_forward_hook(lambda *_: pytest.fail("a token was run"))
+        with pytest.raises(ValueError, match=r"remembers the tokens before.*assisted decoding"):
+            model.generate(x, **length, **ASSISTED[way]())
+        ran.remove()
+    for router in (usmoe.USMoE(pool="threshold", threshold=0.15), usmoe.TokenChoice(k=2), usmoe.OwnChoice(k=2)):
+        usmoe.patch(model, router)
+        given = ASSISTED[way]()
+        if "assistant_model" in given:
+            given["assistant_model"].set_experts_implementation("eager")  # in float64 the default has no kernel
+        if "generation_config" in given:
+            given["generation_config"].update(**length)
+        said = model.generate(x, **(length if "generation_config" not in given else {}), **given)
+        assert torch.equal(said, model.generate(x, **length))
+
+
+def test_assisted_decoding_is_refused_where_the_model_asks_for_it_by_itself_or_is_the_assistant():
+    x = tokens(1, 4).repeat(1, 4)
+    model = usmoe.patch(tiny(initializer_range=0.4).double(), REMEMBERS[0])
+    other = usmoe.patch(tiny(initializer_range=0.4, seed=1).double(), usmoe.OwnChoice())
+    with pytest.raises(ValueError, match=r"remembers the tokens before.*does not work with this model"):
+        other.generate(x, assistant_model=model, max_new_tokens=8, do_sample=False)
+    model.generation_config.prompt_lookup_num_tokens = 3
     with pytest.raises(ValueError, match=r"remembers the tokens before.*assisted decoding"):
-        model.generate(x, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
-    usmoe.patch(model, usmoe.USMoE(pool="threshold", threshold=0.15))
-    greedy = model.generate(x, max_new_tokens=8, do_sample=False)
-    assert torch.equal(model.generate(x, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3), greedy)
+        model.generate(x, max_new_tokens=8, do_sample=False)
 
 
 @torch.no_grad()
@@ -180,10 +210,11 @@ def test_a_second_thread_is_refused_while_a_forward_is_running():
     before = model(x).logits
 
     def other():
-        try:
-            model(x)
-        except RuntimeError as error:
-            said.append(str(error))
+        for part, given in ((model, x), (model.model.layers[0].mlp, torch.randn(2, 12, 32))):
+            try:
+                part(given)
+            except RuntimeError as error:
+                said.append(str(error))
 
     def meanwhile(module, args):
         thread = threading.Thread(target=other)
@@ -193,6 +224,6 @@ def test_a_second_thread_is_refused_while_a_forward_is_running():
     handle = model.model.layers[1].register_forward_pre_hook(meanwhile)
     assert torch.equal(model(x).logits, before)
     handle.remove()
-    assert len(said) == 1
-    assert "in another thread" in said[0]
+    assert len(said) == 2
+    assert all("in another thread" in one for one in said)
     assert torch.equal(model(x).logits, before)

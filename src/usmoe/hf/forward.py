@@ -151,11 +151,7 @@ def enter(state: Patch, module: nn.Module, given: dict[str, Any], kwargs: dict[s
     An inner model that is handed no mask (or one that the outer has already worked into another form) leaves what the
     outer said.
     """
-    if state.forward.elsewhere:
-        raise RuntimeError(
-            "This patched model is in the middle of a forward in another thread. It serves one at a time: take a lock, "
-            "or give each thread a copy.deepcopy() of it."
-        )
+    _refuse_another_thread(state)
     begins = not state.forward.running  # the model, or an inner one that is called by itself
     now = state.forward
     if begins:
@@ -190,6 +186,14 @@ def enter(state: Patch, module: nn.Module, given: dict[str, Any], kwargs: dict[s
         now.shape, now.valid = now.around.pop()
         state.forward = now if now.running else Forward()
         raise
+
+
+def _refuse_another_thread(state: Patch) -> None:
+    if state.forward.elsewhere:
+        raise RuntimeError(
+            "This patched model is in the middle of a forward in another thread. It serves one at a time: take a lock, "
+            "or give each thread a copy.deepcopy() of it."
+        )
 
 
 def _begin(state: Patch, module: nn.Module, given: dict[str, Any], shape: tuple[int, int] | None) -> None:
@@ -324,6 +328,7 @@ def _with_our_balance_loss(output: Any, said: list[RouterOutput], coefficient: f
 @torch.compiler.disable
 def learn_grid(state: Patch, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
     """Before a block: which it is, and how many sequences of how many tokens it is given."""
+    _refuse_another_thread(state)
     now = state.current
     now.blocks[name] = block
     hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))

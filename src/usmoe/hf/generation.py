@@ -84,15 +84,18 @@ def _refuse_assistance(model: Any, state: Patch, given: Mapping[str, Any], optio
     if router is None or options.get("cache_implementation") == "paged":
         return
     config = copy.deepcopy(given.get("generation_config") or model.generation_config)
-    defaults = model.generation_config.to_dict()
-    config.update(**defaults, defaults_only=True)
-    config.update(**options)
-    helps = bool(config.is_assistant)
-    if helps or config.get_generation_mode(given.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION:
+    for name, value in vars(model.generation_config).items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    for name in options.keys() & vars(config).keys():
+        setattr(config, name, options[name])
+    where = "with this model as assistant" if config.is_assistant else "under it"
+    mode = config.get_generation_mode(given.get("assistant_model"))
+    if config.is_assistant or mode == GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
             f"{router} remembers the tokens before, and what it has spent on a token cannot be taken back: assisted "
-            f"decoding, which drops tokens again, does not work {'with a model' if helps else ''} under it. Use a "
-            "threshold without burst, or generate without an assistant."
+            f"decoding, which drops tokens again, does not work {where}. Use a threshold without burst, or generate "
+            "without an assistant."
         )
 
 
