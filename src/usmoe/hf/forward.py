@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from usmoe.hf.layers import Layer
 from usmoe.hf.masks import MisshapenMaskError, Tokens, UnreadableMaskError, tokens_of_mask
-from usmoe.hf.memory import cached_length, is_cache, recall, remember
+from usmoe.hf.memory import cached_length, is_cache, recall, refuse_continuous_batching, remember
 from usmoe.hf.packing import begin_anew, by_flash_attention, by_lengths, is_paged
 from usmoe.hf.wrapped import unwrapped
 from usmoe.layers.balance import pooled_balance_loss
@@ -231,16 +231,6 @@ def settle(state: Patch, given: Mapping[str, Any]) -> None:
     if "attention_mask" in given:
         mask, now.settled = given["attention_mask"], True
         now.segments = None if mask is None else _tokens(state, mask, now.shape, now.past)[1]
-
-
-def refuse_continuous_batching(remembering: Iterable[Any]) -> None:
-    """Raise ValueError for a router that remembers: transformers' engine says which tokens are those of one request,
-    and not of which; and what a request has in common with another it does not run again."""
-    for router in remembering:
-        raise ValueError(
-            f"{router} remembers the tokens before, and transformers' continuous batching does not say which request "
-            "is which: it cannot go on with what it has spent on each. Use a threshold without burst, or generate()."
-        )
 
 
 def _index(part: nn.Module) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationMode
 
-from usmoe.hf.forward import Patch, patch_of, refuse_continuous_batching
+from usmoe.hf.forward import Patch, patch_of
+from usmoe.hf.memory import refuse_continuous_batching
 from usmoe.types import is_causal
 
 

@@ -6,7 +6,7 @@ So it goes where the cache goes: it is reordered with it by beam search, repeate
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,16 @@ def remember(cache: Any, routers: list[Any], states: Mapping[str, Any]) -> None:
     if not isinstance(cache, _Remembering):
         cache.__class__ = _remembering(type(cache))
     setattr(cache, _ATTRIBUTE, Memory(routers=routers, length=cached_length(cache) or 0, states=dict(states)))
+
+
+def refuse_continuous_batching(remembering: Iterable[Any]) -> None:
+    """Raise ValueError for a router that remembers: transformers' engine says which tokens are those of one request,
+    and not of which; and what a request has in common with another it does not run again."""
+    for router in remembering:
+        raise ValueError(
+            f"{router} remembers the tokens before, and transformers' continuous batching does not say which request "
+            "is which: it cannot go on with what it has spent on each. Use a threshold without burst, or generate()."
+        )
 
 
 def is_cache(value: Any) -> bool:
