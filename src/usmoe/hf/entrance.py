@@ -1,12 +1,13 @@
 """The way into a model that is patched: what stands in place of `forward` on each module that holds MoE layers.
 
 Hooks would not do: torch runs them for `model(...)`, and not for `model.forward(...)`, which sentence-transformers and
-peft call.
+peft call. It is a `functools.partial`, so that a copy of a module has one of its own.
 """
 
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,67 +16,65 @@ from transformers import PreTrainedModel
 
 from usmoe.hf.forward import Patch, enter, leave, settle
 
+_ENTERED = "_usmoe_entered"
+"""Attribute of a module that has an entrance: the Patch of which it is."""
 
-class Entrance:
-    """A module's own forward, with `enter` before it and `leave` after it, whatever becomes of it."""
 
-    def __init__(self, state: Patch, module: nn.Module) -> None:
-        self.state, self.module = state, module
-        self.whole = isinstance(module, PreTrainedModel)
-        self.before: Any = module.__dict__.get("forward")
-        """What another library had put there; None for the forward of the module's class."""
-        self.__signature__ = inspect.signature(module.forward)
-        """That of the module's own forward: Trainer, generate() and sentence-transformers choose arguments by it."""
+@torch.compiler.disable(recursive=False)  # a compiler takes the modules inside
+def entrance(
+    state: Patch, module: nn.Module, before: Any, signature: inspect.Signature, *args: Any, **kwargs: Any
+) -> Any:
+    """A module's own forward, with `enter` before it and `leave` after it, whatever becomes of it.
 
-    def _plainly(self, args: Any, kwargs: Any) -> Any:
-        """What the module's own forward says."""
-        if self.before is not None:
-            return self.before(*args, **kwargs)
-        forward: Any = type(self.module).forward
-        return forward(self.module, *args, **kwargs)
-
-    @torch.compiler.disable(recursive=False)  # a compiler takes the modules inside
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.state
-        if not state.installed:  # what another library keeps of a patch that is gone
-            return self._plainly(args, kwargs)
-        if not self.whole and not state.idle:  # a part in its place
-            if state.current.unsettled:
-                settle(state, _named(self.__signature__, args, kwargs))
-            return self._plainly(args, kwargs)
-        kwargs = enter(state, self.module, _named(self.__signature__, args, kwargs), kwargs)
-        output = None
-        try:
-            output = self._plainly(args, kwargs)
-        finally:
-            output = leave(state, self.module, args, kwargs, output)
-        return output
+    before     what another library had put in place of the forward of the module's class; None where none had
+    signature  of that forward
+    """
+    own: Any = partial(type(module).forward, module) if before is None else before
+    if module.__dict__.get(_ENTERED) is not state:  # what another library keeps of a patch that is gone
+        return own(*args, **kwargs)
+    if not isinstance(module, PreTrainedModel) and not state.idle:  # a part in its place
+        if state.current.unsettled:
+            settle(state, _named(signature, args, kwargs))
+        return own(*args, **kwargs)
+    kwargs = enter(state, module, _named(signature, args, kwargs), kwargs)
+    output = None
+    try:
+        output = own(*args, **kwargs)
+    finally:
+        output = leave(state, module, args, kwargs, output)
+    return output
 
 
 def _named(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by their names, those too that the function takes as **kwargs."""
+    """The arguments of a call by their names, those too that the module takes as **kwargs."""
     given = signature.bind_partial(*args, **kwargs).arguments
     rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), "")
     return given | given.get(rest, {})
 
 
 def open_entrances(state: Patch, model: nn.Module) -> None:
-    """Put an Entrance on a model, on the models inside of it that hold its MoE layers, and on their parts that do; on a
+    """Put an entrance on a model, on the models inside of it that hold its MoE layers, and on their parts that do; on a
     block itself where it is handed the mask."""
     blocks = {block for layer in state.layers for block in layer.blocks}
     for module in model.modules():
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or not any(inner in blocks for inner in module.modules()):
             continue
-        if module not in blocks or "attention_mask" in inspect.signature(module.forward).parameters:
-            module.forward = Entrance(state, module)  # pyright: ignore[reportAttributeAccessIssue]
+        signature = inspect.signature(module.forward)
+        if module not in blocks or "attention_mask" in signature.parameters:
+            put: Any = partial(entrance, state, module, module.__dict__.get("forward"), signature)
+            put.__signature__ = signature  # Trainer, generate() and sentence-transformers choose arguments by it
+            module.forward = put
+            setattr(module, _ENTERED, state)
 
 
 def close_entrances(state: Patch, model: nn.Module) -> None:
     """Take them away again, also from modules that were copied since."""
-    state.installed = False
     for module in model.modules():
+        if module.__dict__.get(_ENTERED) is not state:
+            continue
+        delattr(module, _ENTERED)
         found = module.__dict__.get("forward")
-        if isinstance(found, Entrance) and found.state is state:
+        if isinstance(found, partial) and found.func is entrance:
             del module.forward
-            if found.before is not None:
-                module.forward = found.before
+            if found.args[2] is not None:
+                module.forward = found.args[2]

@@ -103,8 +103,6 @@ class Patch:
     """The forward in progress; blank where there is none."""
     last: Forward = field(default_factory=Forward)
     """The one before: in backward, gradient checkpointing runs its layers again."""
-    installed: bool = True
-    """False where the patch was taken away, or replaced by another."""
     warned: bool = False
     """Whether generate() has said that a router looks ahead."""
 
