@@ -34,8 +34,8 @@ class Exchange:
         experts: tuple[Counts, Counts],
         budget: int | None,
     ) -> None:
-        """scores (S, E) and prices (E) are whole numbers (as floats), so that sums of them are exact; mask (S, E) holds
-        the best pairs at the prices within the bounds of the tokens."""
+        """scores (S, E) and prices (E) are whole numbers (as floats), so that sums of them are exact; -inf for a pair
+        that cannot be taken. mask (S, E) holds the best pairs at the prices within the bounds of the tokens."""
         self.scores, self.mask = scores, mask.copy()
         self.tokens, self.experts, self.budget = tokens, experts, budget
         self.count = self.mask.sum(1)
@@ -55,20 +55,37 @@ class Exchange:
         self._look_outside()
 
     def run(self) -> NDArray[np.bool_]:
-        """The mask of an optimum."""
-        while (self.surplus > 0).any():
+        """The mask of an optimum.
+
+        Each chain takes one pair from a surplus to a shortage, and no other surplus changes: so there are as many
+        chains as there are pairs in surplus, S*E + budget at most, each found by E + 2 rounds over the (E + 2)^2 costs.
+        """
+        for _ in range(self.left()):
+            before = self.left()
             self._carry(self._cheapest_chain())
+            if self.left() != before - 1:
+                raise RuntimeError("A chain of exchanges has not settled one pair: a fault of usmoe.lp.")
         return self.mask
 
-    def prices(self) -> Costs:
-        """Prices of the experts at which the optimum, once it is found, is the best selection: exact dual values."""
-        distance = np.zeros(len(self.surplus))
-        for _ in distance:
-            shorter = (distance[:, None] + self.cost).min(0)
-            if not (shorter < distance).any():
-                break
-            distance = np.minimum(distance, shorter)
-        return distance[self.outside] - distance[: self.parked]
+    def left(self) -> int:
+        """Pairs in surplus."""
+        return int(self.surplus.clip(min=0).sum())
+
+    def potentials(self) -> tuple[Costs, float]:
+        """Prices of the experts, and the level of the budget (0 without one), at which the optimum, once it is found,
+        is the best selection: exact dual values. A pair that a token may drop scores the level or more, net of its
+        expert's price, and one that it may take up scores the level or less."""
+        distance = np.full(len(self.surplus), np.inf)
+        distance[self.outside] = 0.0
+        distance = _shortest(distance, self.cost)
+        apart = np.isinf(distance)
+        if (
+            apart.any()
+        ):  # nothing leads there from outside: any potentials will do that are high enough for what follows
+            among = _shortest(np.zeros(apart.sum()), self.cost[np.ix_(apart, apart)])
+            lift = (distance[~apart] - self.cost[np.ix_(apart, ~apart)] - among[:, None]).max(initial=-np.inf)
+            distance[apart] = among + (lift if lift > -np.inf else 0.0)
+        return -distance[: self.parked], float(distance[self.parked])
 
     def _cheapest_chain(self) -> list[int]:
         """Nodes from one with a surplus to one with a shortage (Bellman and Ford, all nodes at once)."""
@@ -90,6 +107,10 @@ class Exchange:
         chain = [node]
         while before[node] >= 0:
             node = int(before[node])
+            if node in chain:
+                raise RuntimeError(
+                    "Exchanges in a circle would pay, though the selection is the best: a fault of usmoe.lp."
+                )
             chain.append(node)
         return chain[::-1]
 
@@ -170,3 +191,13 @@ class Exchange:
         if self.budget is None:
             self.cost[self.outside, self.parked] = 0.0
             self.cost[self.parked, self.outside] = 0.0
+
+
+def _shortest(distance: Costs, cost: Costs) -> Costs:
+    """The shortest distances, none longer than those given (Bellman and Ford, all nodes at once)."""
+    for _ in distance:
+        shorter = (distance[:, None] + cost).min(0)
+        if not (shorter < distance).any():
+            break
+        distance = np.minimum(distance, shorter)
+    return distance

@@ -95,6 +95,10 @@ def within(
     optional = ~forced & (rank < caps.unsqueeze(dim))
     if budget is None:
         return forced | (optional & (scores > 0))
-    finite = scores.clamp(min=torch.finfo(scores.dtype).min)
-    best, _ = top(finite.flatten(1), optional.flatten(1), budget - floors.sum(-1))
+    left = budget - floors.sum(-1)
+    able = optional & (scores > -torch.inf)
+    best, _ = top(scores.flatten(1), able.flatten(1), left)
+    lacking = left - best.sum(1)
+    if (lacking > 0).any():
+        best |= top(torch.zeros_like(scores).flatten(1), (optional & ~able).flatten(1), lacking)[0]
     return forced | best.view_as(forced)

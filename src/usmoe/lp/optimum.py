@@ -7,12 +7,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from usmoe.lp.bounds import Bounds
-from usmoe.lp.exchange import Exchange
+from usmoe.lp.exact import dual_prices, optimum
 from usmoe.lp.greedy import midway, within
-from usmoe.lp.prices import expert_prices, finite_range
+from usmoe.lp.prices import Start, start
 
-_TRACE = 1e-10
-"""Of the size of the scores: what two selections may differ by, a pair, and count as equal."""
+_ROUNDING = 2.0**-40
+"""Of the sum of the sizes of the chosen scores: what the rounding of prices may add to an upper bound."""
 
 
 @torch.no_grad()
@@ -21,11 +21,14 @@ def best_pairs(
 ) -> tuple[Bool[Tensor, "G S E"], Float[Tensor, "G E"], Float[Tensor, " G"]]:
     """The best pairs of G pools, the prices of the experts at which they are the best (0: no bound of that expert
     matters), and an upper bound of the value of each pool. Scores in float64; -inf is chosen only where the bounds
-    leave nothing else, and is worth 0 then.
+    leave nothing else, and is worth 0 then. The upper bound is the dual value of the prices; where these are so large
+    that float64 does not hold the chosen scores beside them (a score of 1e300 that no bound lets in), it is the value
+    itself, which usmoe.lp.exact has proved in whole numbers.
 
     Without bounds on the experts, or without bounds on the tokens, a greedy selection is optimal (see usmoe.lp.greedy),
     and so it is where a greedy selection for one side happens to keep the bounds of the other. Else prices of the
-    experts (usmoe.lp.prices) make the tokens spread, and exchanges (usmoe.lp.exchange) settle what they leave.
+    experts (usmoe.lp.prices) make the tokens spread, and exchanges (usmoe.lp.exchange) settle what they leave, in whole
+    numbers of units that are as fine as the scores ask for (usmoe.lp.exact).
     """
     prices = scores.new_zeros(len(scores), scores.shape[2])
     if not bounds.bind_experts():
@@ -69,44 +72,46 @@ def edges(
 
 def _priced(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
     """The same for pools in which both sides matter."""
-    whole, unit = _in_whole_numbers(scores, bounds.budget is None)
-    prices = (expert_prices(scores, bounds) / unit[:, None]).round()
-    mask, _ = _at(prices, whole, bounds)
-    rows = (~_settled(mask.sum(1), prices, bounds)).nonzero().flatten()
-    for row in rows.tolist():
-        mask[row], prices[row] = _exchanged(whole[row], mask[row], prices[row], bounds.of(rows.new_tensor([row])))
-    prices = prices * unit[:, None]
-    _, upper = _at(prices, scores, bounds)
-    return mask, prices, upper.maximum(worth(scores, mask))
+    exponent = scores.masked_fill(scores == -torch.inf, 0.0).abs().amax((1, 2)).frexp().exponent.cpu()
+    # in two steps, since 2^1074 is no float64
+    half = exponent // 2
+    size_of_1 = scores
+    for part in (half, exponent - half):
+        size_of_1 = size_of_1 * torch.exp2(-part.double()).to(scores.device)[:, None, None]
+    mask = within(scores, *bounds.tokens, bounds.budget, -1)
+    prices = scores.new_zeros(len(scores), scores.shape[2])
+    for row, begin in enumerate(start(size_of_1, bounds)):
+        mask[row], prices[row] = _one(scores[row], mask[row], bounds, row, begin, int(exponent[row]))
+    value = worth(scores, mask)
+    upper = _at_most(prices, scores, bounds).maximum(value)
+    rounding = torch.finfo(scores.dtype).eps * prices.abs().amax(1) * mask.sum((1, 2))
+    return (
+        mask,
+        prices,
+        upper.where(
+            rounding <= _ROUNDING * torch.where(mask & (scores > -torch.inf), scores.abs(), 0.0).sum((1, 2)), value
+        ),
+    )
 
 
-def _at(prices: Tensor, scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """The best pairs at given prices, and the bound that any prices give: what these pairs are worth net of the prices,
-    and what the experts could earn at most (weak duality)."""
+def _one(scores: Tensor, mask: Tensor, bounds: Bounds, row: int, begin: Start, exponent: int) -> tuple[Tensor, Tensor]:
+    """An optimum of one pool, and its prices."""
+    token_floors, token_caps, floors, caps = (side[row].cpu().numpy() for side in (*bounds.tokens, *bounds.experts))
+    sides = (token_floors, token_caps), (floors, caps)
+    budget = None if bounds.budget is None else int(bounds.budget[row])
+    values = scores.cpu().numpy()
+    found = optimum(values, mask.cpu().numpy(), *sides, budget, begin, exponent)
+    prices = dual_prices(values, found, *sides, budget)
+    return torch.from_numpy(found).to(mask.device), torch.from_numpy(prices).to(scores.device)
+
+
+def _at_most(prices: Tensor, scores: Tensor, bounds: Bounds) -> Tensor:
+    """The bound that any prices give: what the best pairs at these prices are worth net of them, and what the experts
+    could earn at most (weak duality)."""
     reduced = scores - prices[:, None]
     mask = within(reduced, *bounds.tokens, bounds.budget, -1)
     floors, caps = bounds.experts
-    return mask, worth(reduced, mask) + (prices.clamp(min=0) * caps + prices.clamp(max=0) * floors).sum(1)
-
-
-def _exchanged(scores: Tensor, mask: Tensor, prices: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """An optimum of one pool, and its prices, from the best pairs at other prices."""
-    token_floors, token_caps, floors, caps = (side[0].cpu().numpy() for side in (*bounds.tokens, *bounds.experts))
-    exchange = Exchange(
-        *(values.cpu().numpy() for values in (scores, mask, prices)),
-        tokens=(token_floors, token_caps),
-        experts=(floors, caps),
-        budget=None if bounds.budget is None else int(bounds.budget[0]),
-    )
-    found = torch.from_numpy(exchange.run()), torch.from_numpy(exchange.prices())
-    return found[0].to(mask.device), found[1].to(prices.device)
-
-
-def _settled(load: Tensor, prices: Tensor, bounds: Bounds) -> Tensor:
-    """Whether the selection at the prices is an optimum: every expert within its bounds, and at the one it pays for."""
-    floors, caps = bounds.experts
-    paid = ((prices <= 0) | (load == caps)) & ((prices >= 0) | (load == floors))
-    return paid.all(1) & _keeps(load, bounds.experts)
+    return worth(reduced, mask) + (prices.clamp(min=0) * caps + prices.clamp(max=0) * floors).sum(1)
 
 
 def _keeps(count: Tensor, sides: tuple[Tensor, Tensor]) -> Tensor:
@@ -116,26 +121,3 @@ def _keeps(count: Tensor, sides: tuple[Tensor, Tensor]) -> Tensor:
 def worth(scores: Float[Tensor, "G S E"], mask: Bool[Tensor, "G S E"]) -> Float[Tensor, " G"]:
     """Sum of the chosen scores, -inf left out."""
     return torch.where(mask & (scores > -torch.inf), scores, 0.0).sum((1, 2))
-
-
-def _in_whole_numbers(scores: Tensor, as_they_are: bool) -> tuple[Tensor, Tensor]:
-    """The scores as multiples of a unit for each pool, whole numbers below 2^43: no sum of them is rounded, so that
-    exchanges that are equal compare as equal.
-
-    Where the number of pairs is given only differences matter, and the middle becomes 0; else (as_they_are) 0 stays 0.
-    -inf becomes so low that no chain of exchanges, of 2*(E+2) pairs at most, would pay for one. And each score is a
-    trace less the higher its flat index: of equal optima one of low indices wins. The trace grows as a root does, so
-    that low indices outweigh middle ones.
-    """
-    never = scores == -torch.inf
-    low, high = finite_range(scores)
-    middle = torch.zeros_like(low) if as_they_are else (low + high) / 2
-    most = (high - middle).maximum(middle - low)
-    most = torch.where(most > 0, most, 1.0)
-    depth = 4.0 * (scores.shape[2] + 2) if never.any() else 1.0
-    unit = torch.exp2((most * depth).log2().ceil() - 42)
-    size = max(scores[0].numel(), 1)
-    index = torch.arange(size, dtype=scores.dtype, device=scores.device).view(scores.shape[1:])
-    each = most[:, None, None]
-    settled = (scores - middle[:, None, None]).where(~never, -depth * each) - _TRACE * each * (index / size).sqrt()
-    return (settled / unit[:, None, None]).round(), unit

@@ -10,8 +10,12 @@ unknowns a step; tau goes down geometrically. All pools of a batch go together, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from usmoe.lp.bounds import Bounds
@@ -25,12 +29,58 @@ _STEPS = 200
 """Newton steps after which the prices are taken as they are: any prices give a true bound."""
 
 
+_FAR = 2.0**16
+"""How many times further from the cut than a quarter of the best pairs a score must lie to count as an outlier, such as
+the -1e9 of a masked pair: prices are found in the range of the others."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Start:
+    """Where to begin in one program."""
+
+    prices: NDArray[np.float64]
+    """(E)."""
+    net: NDArray[np.float64] | None
+    """(S, E): the scores, net of these prices, with outliers drawn in; None where there are no outliers."""
+
+
+@torch.no_grad()
+def start(scores: Float[Tensor, "G S E"], bounds: Bounds) -> list[Start]:
+    """Where to begin in each of a batch of programs. Scores of the size of 1; -inf: never chosen."""
+    low, high, wide = _common_range(scores, bounds)
+    reach = high - low
+    near = scores.clamp((low - reach)[:, None, None], (high + reach)[:, None, None])
+    near = torch.where(wide[:, None, None] & (scores > -torch.inf), near, scores)
+    prices = expert_prices(near, bounds)
+    net = near - prices[:, None]
+    return [
+        Start(prices=prices[row].cpu().numpy(), net=net[row].cpu().numpy() if wide[row] else None)
+        for row in range(len(scores))
+    ]
+
+
+def _common_range(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+    """The lowest and the highest score of each pool without outliers, and whether it has any."""
+    flat = scores.flatten(1)
+    finite = flat > -torch.inf
+    pairs = (flat > 0).sum(1) if bounds.budget is None else bounds.budget
+    last = (pairs.minimum(finite.sum(1)) - 1).clamp(min=0)
+    ordered = flat.sort(dim=1, descending=True).values
+    cut, quarter = (ordered.gather(1, rank[:, None]) for rank in (last, last // 4))
+    apart = quarter - cut
+    near = finite & ((flat - cut).abs() <= _FAR * apart)
+    wide = (apart.squeeze(1) > 0) & (near != finite).any(1)
+    low, high = finite_range(torch.where(near, flat, -torch.inf)[:, :, None])
+    full_low, full_high = finite_range(scores)
+    return low.where(wide, full_low), high.where(wide, full_high), wide
+
+
 @torch.no_grad()
 def expert_prices(scores: Float[Tensor, "G S E"], bounds: Bounds) -> Float[Tensor, "G E"]:
     """Near-optimal prices of the experts: positive where a cap binds, negative where a floor does, 0 elsewhere.
 
-    Scores in float64; -inf: never chosen. The prices are as precise as the scores are dense: a few of S*E scores lie
-    within the last tau, so that few pairs are left on the wrong side of them.
+    Scores in float64, of the size of 1; -inf: never chosen. The prices are as precise as the scores are dense: a few of
+    S*E scores lie within the last tau, so that few pairs are left on the wrong side of them.
     """
     last = min(max(8 / max(scores[0].numel(), 1), 1e-5), 1e-2)
     allowed = scores > -torch.inf

@@ -28,7 +28,7 @@ class Solution:
     """Sum of their scores."""
     upper_bound: float
     """No selection within the bounds has a higher sum: the value of a dual solution (the value itself where a greedy
-    selection is optimal)."""
+    selection is optimal), equal to the value to rounding."""
 
 
 def solve(
@@ -42,12 +42,17 @@ def solve(
     per_token   (floor, cap) of the pairs of a token: each an int, an int tensor (T,), or None; None: no bounds
     per_expert  (floor, cap) of the pairs of an expert: each an int, an int tensor (E,), or None; None: no bounds
 
-    Exact, with value == upper_bound, where the bounds are on one side at most: a greedy selection is optimal there
-    (budget with token bounds alone, or with expert bounds alone: the argument is in usmoe.lp.greedy), and the lower
-    flat index wins a tie. With bounds on both sides the selection is optimal to rounding, by successive shortest paths
-    from near-optimal prices of the experts, and upper_bound is the dual value of the prices in the end, a certificate
-    that does not rest on the paths; of optima that differ by less than 1e-10 of the range of the scores a pair, one
-    of low flat indices is found.
+    Exact: no selection within the bounds has a higher sum of the scores as they stand, whatever their magnitudes (value
+    is that sum, rounded). What cannot be chosen, or need not be, costs no digits: a masked pair may hold -inf, -1e9 or
+    the lowest number of its dtype, and a large negative score that the bounds ask for counts like any other.
+
+    Where the bounds are on one side at most, a greedy selection is optimal (budget with token bounds alone, or with
+    expert bounds alone: the argument is in usmoe.lp.greedy), value == upper_bound, and the lower flat index wins a tie.
+    With bounds on both sides successive shortest paths lead from near-optimal prices of the experts to an optimum, in
+    whole numbers of finer and finer units until nothing is rounded off (usmoe.lp.exact: with the proof, and with bounds
+    of units and of exchanges); of equal optima one of low flat indices is found. upper_bound is then the dual value of
+    prices in float64, a certificate that does not rest on the paths; where scores that cannot be chosen exceed those
+    that are by so much that float64 does not hold both, it is the value.
 
     Raises ValueError for bounds that cannot be met, with the numbers that conflict; for NaN and +inf scores; and for
     shapes and values that do not fit.
