@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from usmoe.cli.app import app
@@ -325,3 +326,20 @@ def test_options_of_runs_belong_to_runs():
         *("eval", "shipped", "--lm-eval", "x", "--serve-k", "2"), fails=True
     )
     assert "--segment, --memory are of runs" in usmoe("eval", "shipped", "--segment", "9", "--memory", 0, fails=True)
+
+
+def test_a_served_budget_that_is_missed_is_said_on_stderr(runs, tmp_path):
+    """The cuts of a run that are not those of its weights (here: halved) spend more than asked for."""
+    run = shutil.copytree(runs / "bytes", tmp_path / "run")
+    weights = load_file(run / "best.safetensors")
+    cuts = {name: value * 0.5 for name, value in weights.items() if name.endswith("cut.total")}
+    save_file(weights | cuts, run / "best.safetensors")
+    words = ("--cache", runs / "cache", "--tokens", "300", "--positions", "3", "--json")
+    for place, missed in ((run, True), (runs / "bytes", False)):
+        said = CliRunner().invoke(app, [str(word) for word in ("eval", place, *words)])
+        served = json.loads(said.stdout)["served"]["threshold"]
+        assert (abs(served["experts"] - served["asked"]) > 0.1 * served["asked"]) is missed
+        sentence = (
+            f"Served by threshold: {served['experts']:.2f} experts a token are spent, and {served['asked']:g} are"
+        )
+        assert (sentence in said.stderr) is missed

@@ -104,8 +104,23 @@ def figures_of_run(
             seed=seed,
             progress=True,
         )
+    for sentence in _off_budget(figures):
+        sys.stderr.write(f"{sentence}\n")
     name = f"{text}" if text is not None else _name_of(trained.config.corpus, split)
     return dataclasses.replace(figures, text=name, unknown=unknown)
+
+
+def _off_budget(figures: Figures) -> list[str]:
+    """A sentence for each reading that spends more or fewer experts a token than asked for, by more than a tenth."""
+    readings = {"Teacher-forced": figures.forced}
+    readings |= {f"Served by {name}": one for name, one in figures.served.items()}
+    readings |= {f"Under {name}": one.forced for name, one in figures.under.items()}
+    return [
+        f"{name}: {one.experts:.2f} experts a token are spent, and {one.asked:g} are asked for. Thresholds that spend "
+        f"them on the validation split: --serve-k {one.asked:g}."
+        for name, one in readings.items()
+        if one.off_budget
+    ]
 
 
 def _name_of(corpus: Corpus, split: str) -> str:

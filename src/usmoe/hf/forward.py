@@ -357,7 +357,9 @@ def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tupl
         if now.paged:
             refuse_continuous_batching([router])
         now.states[layer.name] = routing.state
-    if module.training and not is_causal(router):
+    if not module.training:
+        state.cuts[index].observe(routing, router)
+    elif not is_causal(router):
         state.cuts[index].update(routing.cut, router)
     routing, output = rule.hand_on(output, routing, flat)
     if valid is not None and competes is None:

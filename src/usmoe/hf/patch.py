@@ -28,6 +28,7 @@ from usmoe.hf.layers import Layer, behind_interface, moe_layers
 from usmoe.hf.packed import packed_experts, refuse_adapted
 from usmoe.hf.saved import written
 from usmoe.hf.wrapped import unwrapped
+from usmoe.layers.budget import asked_of
 from usmoe.layers.causal import FINDERS, Tracked
 from usmoe.layers.cut import MovingCut
 from usmoe.routing import OwnChoice
@@ -275,7 +276,13 @@ def _on_cpu(host: Host) -> Host:
 def _tracked_layers(model: nn.Module) -> list[Tracked]:
     """The layers of every patched model inside, for usmoe.to_causal."""
     return [
-        Tracked(name=layer.name, router=router, cut=cut, become=partial(patch.routers.__setitem__, index))
+        Tracked(
+            name=layer.name,
+            router=router,
+            cut=cut,
+            become=partial(patch.routers.__setitem__, index),
+            asked=partial(asked_of, router, layer.num_experts, layer.host),
+        )
         for patch in (module.__dict__.get(CARRIED) for module in model.modules())
         if patch is not None
         for index, (layer, router, cut) in enumerate(zip(patch.layers, patch.routers, patch.cuts, strict=True))

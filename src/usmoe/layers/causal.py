@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
+from usmoe.layers.budget import Spending, asked_of
 from usmoe.layers.cut import MovingCut
 from usmoe.layers.moe import MoE
 from usmoe.layers.threshold_form import moving_threshold, refuse_no_threshold_form, threshold_form
@@ -25,6 +27,8 @@ class Tracked:
     router: Any
     cut: MovingCut
     become: Callable[[Router], None]
+    asked: Callable[[], float | None]
+    """Experts a token that its router is asked for, or None where it says no number."""
 
 
 FINDERS: list[Callable[[nn.Module], list[Tracked]]] = []
@@ -39,11 +43,26 @@ def to_causal(model: Model) -> Model:
     USMoE keeps its score, and becomes causal with one threshold; ExpertChoice with one an expert; BoundedChoice becomes
     USMoE with one threshold an expert and its floor as min_experts (caps are then kept on average only).
 
+    An estimate may be off: the cuts of a bias that moves lag behind it, and other text has other scores. What is spent
+    is counted on the first 1,024 tokens of each layer in evaluation mode, and a budget that is missed by more than a
+    tenth is said, once, as a UserWarning.
+
     The model holds `usmoe.MoE` layers, or is patched (`usmoe.patch`) with a transformers model inside.
 
     Raises ValueError, and changes nothing, where there is no layer, where a layer has tracked no cut yet, and for a
     router that no threshold can stand for.
     """
+    made = become_causal(model)
+    watched = [(layer, router, layer.asked()) for layer, router in made if router is not layer.router]
+    known = [(layer, router, asked) for layer, router, asked in watched if asked is not None]
+    spending = Spending(asked for _, _, asked in known)
+    for number, (layer, router, _) in enumerate(known):
+        layer.cut.serve(spending, number, router)
+    return model
+
+
+def become_causal(model: nn.Module) -> list[tuple[Tracked, Any]]:
+    """The same in place, without a word about the budget: each layer as it was, and the router that it has now."""
     layers = [layer for find in FINDERS for layer in find(model)]
     if not layers:
         raise ValueError(
@@ -53,7 +72,7 @@ def to_causal(model: Model) -> Model:
     made = [(layer, _served(layer)) for layer in layers]
     for layer, router in made:
         layer.become(router)
-    return model
+    return made
 
 
 def _served(layer: Tracked) -> Any:
@@ -78,7 +97,13 @@ def _served(layer: Tracked) -> Any:
 
 def _moe_layers(model: nn.Module) -> list[Tracked]:
     return [
-        Tracked(name=name, router=layer.router, cut=layer.cut, become=layer.reroute)
+        Tracked(
+            name=name,
+            router=layer.router,
+            cut=layer.cut,
+            become=layer.reroute,
+            asked=partial(asked_of, layer.router, layer.num_experts),
+        )
         for name, layer in model.named_modules()
         if isinstance(layer, MoE)
     ]

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from usmoe.layers.budget import Spending
+from usmoe.types import Routing
+
 _DECAY = 0.99
 """Weight of the past at each batch: the average looks back over some hundred batches."""
 
@@ -32,6 +35,7 @@ class MovingCut(nn.Module):
         self._forget(shape, None)
         self.router: Any = None
         """Whose cuts these are; None before the first batch, and after loading."""
+        self._served: tuple[Spending, int, Any] | None = None
 
     def prepare(self, cut: Float[Tensor, "G ..."] | None) -> None:
         """Take the shape of a cut before the first batch, so that a state of that shape can be loaded."""
@@ -68,6 +72,17 @@ class MovingCut(nn.Module):
         mean = cut.double().where(finite, 0.0).sum(0) / pools.clamp(min=1)
         for buffer, new in ((self.total, mean), (self.weight, torch.ones_like(mean))):
             buffer.copy_(torch.where(pools > 0, _DECAY * buffer + (1 - _DECAY) * new, buffer))
+
+    def serve(self, spending: Spending, layer: int, router: Any) -> None:
+        """From now on, count what a router made of these cuts chooses in evaluation mode, until enough is known."""
+        self._served = spending, layer, router
+
+    def observe(self, routing: Routing, router: Any) -> None:
+        """What a router chose in evaluation mode: counted where it is the one that is served."""
+        if self._served is not None and self._served[2] is router:
+            spending, layer, _ = self._served
+            if spending.count(layer, routing):
+                self._served = None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Take the shape of what is loaded: the router that was trained may be of another kind than the one here."""

@@ -154,7 +154,9 @@ class MoE(nn.Module):
         given: dict[str, Any] = {"segments": segments, "host": gated.host}
         router = self._moved() if self.moving else self.router
         routing = call(router, gated.logits, valid, state=state, **given)
-        if self.training and not is_causal(self.router):
+        if not self.training:
+            self.cut.observe(routing, router)
+        elif not is_causal(self.router):
             tracked = routing
             if router is not self.router:
                 with torch.no_grad():

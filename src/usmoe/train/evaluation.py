@@ -12,6 +12,7 @@ from usmoe.data.array import Tokens
 from usmoe.data.units import UNITS
 from usmoe.data.vocabulary import Vocabulary
 from usmoe.hf.identity import text_of
+from usmoe.layers.budget import mean_asked
 from usmoe.models.flops import flops_of_reading
 from usmoe.models.language import LanguageModel
 from usmoe.report.estimate import in_blocks
@@ -71,7 +72,7 @@ def evaluate_model(
         with rerouted(model, router):
             found = reading(setting)
             exact = honest(model, tokens, setting, found, positions, seed, window=window, progress=progress)
-        return Reading(forced=_measured(model, found, setting), honest=exact)
+            return Reading(forced=_measured(model, found, setting), honest=exact)
 
     forced = reading(setting)
     mixing = not all(promises_of(router).batch_independent for router in routers)
@@ -167,4 +168,5 @@ def _measured(model: LanguageModel, forced: Forced, setting: Evaluation) -> Meas
         seconds=forced.seconds,
         sums=tuple(sums),
         counts=tuple(counts),
+        asked=mean_asked([layer.router for layer in model.moe_layers], config.num_experts),
     )

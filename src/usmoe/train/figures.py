@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from usmoe.data.units import Unit, stated
+from usmoe.layers.budget import off_budget
 from usmoe.report.estimate import Honest, band
 from usmoe.train.config import Evaluation
 from usmoe.train.served import How
@@ -37,6 +38,14 @@ class Measured:
     """Nats of blocks of neighbouring tokens, in the order of the text."""
     counts: tuple[int, ...]
     """Tokens of each block."""
+    asked: float | None = None
+    """Experts a token that the routers are asked for: mean over the layers. None where they say no number; in saved
+    figures it may be missing."""
+
+    @property
+    def off_budget(self) -> bool:
+        """Whether the experts a token differ from those asked for by more than a tenth."""
+        return off_budget(self.experts, self.asked)
 
     @property
     def band(self) -> tuple[float, float] | None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from usmoe.data.batches import Tokens
-from usmoe.layers.causal import to_causal
+from usmoe.layers.causal import become_causal
 from usmoe.layers.spending import ranking_scores, spending_threshold
 from usmoe.layers.threshold_form import threshold_form
 from usmoe.models.language import LanguageModel
@@ -44,6 +44,7 @@ def served(
     threshold    of the cuts that training tracked (`usmoe.to_causal`); where calibration tokens are given, of those
                  (`calibrated`), as setting reads them
     prefix       USMoE alone: the same score with pool="prefix"
+                 an estimate: the experts that are spent stand in the figures (`Measured.off_budget`)
     k            experts a token in place of the routers' own; thresholds of another k are to be calibrated
 
     Raises ValueError for a model without experts, a router that cannot be served so, and a threshold of another k
@@ -68,7 +69,7 @@ def served(
         routers = None
     with rerouted(model, routers):
         if routers is None:
-            to_causal(model)
+            become_causal(model)
         yield [layer.router for layer in model.moe_layers]
 
 
