@@ -159,6 +159,17 @@ def test_one_large_score_costs_the_others_no_digits(high: float):
     assert chosen(routed(one)).equal(chosen(routed(other)))
 
 
+@pytest.mark.parametrize("exponent", range(40, 56))
+def test_a_unit_that_rounds_the_others_is_not_the_last_word(exponent: int):
+    """Beside a score of 2^exponent the first unit is about the size of the others: what it settles must be settled."""
+    scores = 8 * uniform(torch.Generator().manual_seed(exponent), 32, 6)
+    one, other = scores.clone(), scores.clone()
+    one[5, 3], other[5, 3] = 1000.0, 2.0**exponent
+    assert chosen(routed(one)).equal(chosen(routed(other)))
+    one[5, 3], other[5, 3] = -1000.0, -(2.0**exponent)
+    assert chosen(routed(one)).equal(chosen(routed(other)))
+
+
 @pytest.mark.parametrize("exponent", [-1020, -1060, 900])
 def test_the_unit_of_the_scores_changes_nothing(exponent: int):
     coarse = hidden(128, 16, 0.0)[0].bfloat16().double()  # few bits, so that none is lost among the smallest numbers
