@@ -15,15 +15,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from usmoe.hf.forward import Patch, enter, leave, settle
+from usmoe.layers.mode import DATA, refuse_recording
 
 _ENTERED = "_usmoe_entered"
 """Attribute of a module that has an entrance: the Patch of which it is."""
 
 
-@torch.compiler.disable(recursive=False)  # a compiler takes the modules inside
 def entrance(
     state: Patch, module: nn.Module, before: Any, signature: inspect.Signature, *args: Any, **kwargs: Any
 ) -> Any:
+    """What stands in place of a module's forward. Raises RuntimeError under what would record the pairs of one text,
+    and route every other text by them."""
+    refuse_recording("model", "Use torch.compile(model) instead, or usmoe.unpatch(model) before it.")
+    return _run(state, module, before, signature, *args, **kwargs)
+
+
+@torch.compiler.disable(recursive=False, reason=DATA)  # a compiler takes the modules inside
+def _run(state: Patch, module: nn.Module, before: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
     """A module's own forward, with `enter` before it and `leave` after it, whatever becomes of it.
 
     before     what another library had put in place of the forward of the module's class; None where none had
@@ -59,12 +67,18 @@ def open_entrances(state: Patch, model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or not any(inner in blocks for inner in module.modules()):
             continue
-        signature = inspect.signature(module.forward)
+        signature = _without_annotations(inspect.signature(module.forward))
         if module not in blocks or "attention_mask" in signature.parameters:
             put: Any = partial(entrance, state, module, module.__dict__.get("forward"), signature)
             put.__signature__ = signature  # Trainer, generate() and sentence-transformers choose arguments by it
             module.forward = put
             setattr(module, _ENTERED, state)
+
+
+def _without_annotations(signature: inspect.Signature) -> inspect.Signature:
+    """The names and defaults alone: a type such as `Tensor | None` would keep joblib from hashing the model."""
+    plain = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+    return inspect.Signature(plain)
 
 
 def close_entrances(state: Patch, model: nn.Module) -> None:

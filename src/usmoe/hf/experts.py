@@ -27,6 +27,8 @@ def experts_of_pairs(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     our router hook hands on, or the (T, k) matrix of a router that was left alone."""
     experts = self.num_experts
     tokens = len(hidden_states)
+    if hidden_states.is_meta:
+        return torch.empty_like(hidden_states)
     if top_k_index.ndim != 1 and getattr(self.config, PATCHED, False):
         raise RuntimeError(
             "The router of these experts ran where usmoe does not see it: something has replaced the module since "

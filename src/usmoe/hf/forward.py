@@ -13,6 +13,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from usmoe.hf.packing import begin_anew, by_flash_attention, by_lengths, is_page
 from usmoe.hf.wrapped import unwrapped
 from usmoe.layers.balance import pooled_balance_loss
 from usmoe.layers.cut import MovingCut
+from usmoe.layers.mode import DATA, under_transformation
 from usmoe.routing import OwnChoice
 from usmoe.routing.router import call
 from usmoe.types import RouterOutput, Routing, is_causal, looks_at_one_token
@@ -33,7 +35,7 @@ from usmoe.types import RouterOutput, Routing, is_causal, looks_at_one_token
 CARRIED = "_usmoe_patch"
 """Attribute of a model that is patched: its Patch."""
 
-_not_compiled: Any = torch.compiler.disable
+_not_compiled: Any = torch.compiler.disable(reason=DATA)
 
 Listener = Callable[[str, RouterOutput], None]
 """Called with the name of a layer and what its router said."""
@@ -71,7 +73,11 @@ class Forward:
     states: dict[str, Any] = field(default_factory=dict)
     """Those with which they end."""
     said: list[RouterOutput] | None = None
-    """Kept where a balance loss is to be computed."""
+    """Kept where a balance loss may have to be computed."""
+    as_tuple: bool = False
+    """Whether the output is to be a tuple then."""
+    cut_off: bool = False
+    """Whether a layer then ran without a graph."""
 
     @property
     def running(self) -> bool:
@@ -171,14 +177,10 @@ def enter(state: Patch, module: nn.Module, given: dict[str, Any], kwargs: dict[s
         elif now.unmasked and mask is None and shape is not None:  # the innermost model knows which attention it is
             now.valid, now.segments = by_flash_attention(module.config, given, *shape) or (now.valid, now.segments)
         now.shape = shape
-        if module is state.model and _their_balance_loss(state, module, given):
-            if given.get("return_dict") is False:
-                raise ValueError(
-                    f"output_router_logits with return_dict=False leaves no place for the balance loss under "
-                    f"{state.others[0]}. Leave return_dict out."
-                )
+        if module is state.model and _asked(module, given, "output_router_logits"):
             now.said = []
-            return kwargs | {"output_router_logits": False}
+            now.as_tuple = not _asked(module, given, "return_dict")
+            return kwargs | {"return_dict": True} if now.as_tuple else kwargs
         return kwargs
     except BaseException:
         now.shape, now.valid = now.around.pop()
@@ -264,18 +266,17 @@ def _tokens(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int | 
         return None, None
 
 
-def _their_balance_loss(state: Patch, module: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    """Whether the model would compute a balance loss that assumes token choice, while another router routes."""
-    asked = arguments.get("output_router_logits")
-    asked = getattr(module.config, "output_router_logits", False) if asked is None else asked
-    return bool(asked and state.others and _coefficient(module) is not None)
+def _asked(module: Any, given: Mapping[str, Any], name: str) -> bool:
+    """Whether a forward is to have something, by its argument or, without one, by the model's configuration."""
+    asked = given.get(name)
+    return bool(getattr(module.config, name, False) if asked is None else asked)
 
 
 def _coefficient(module: Any) -> float | None:
-    """What the model's own balance loss is multiplied by; None for a model that has none."""
+    """What the model's own balance loss is multiplied by; None for a model that does not say."""
     text = getattr(module.config, "text_config", None)
-    for holder in (module, module.config, text):
-        found = getattr(holder, "router_aux_loss_coef", None)
+    for name, holder in product(("router_aux_loss_coef", "aux_loss_coef"), (module, module.config, text)):
+        found = getattr(holder, name, None)
         if isinstance(found, int | float):
             return float(found)
     return None
@@ -299,21 +300,44 @@ def leave(state: Patch, module: nn.Module, args: Any, kwargs: Any, output: Any) 
         if cache is not None:
             remember(cache, state.routers, {**now.remembered, **now.states})
     if now.said is not None and isinstance(output, Mapping):
-        output = _with_our_balance_loss(output, now.said, _coefficient(module) or 0.0)
-        now.said = None
+        if output.get("aux_loss") is not None:  # a head that has a balance loss; others have none, and get none
+            _refuse_cut_off(output, now)
+            if state.others:
+                _put_our_balance_loss(output, now, _coefficient(module), state.others[0])
+        if now.as_tuple:
+            output = output.to_tuple()  # pyright: ignore[reportAttributeAccessIssue]
+    now.said = None
     return output
 
 
-def _with_our_balance_loss(output: Any, said: list[RouterOutput], coefficient: float) -> Any:
-    loss = pooled_balance_loss(said)
-    output["router_logits"] = tuple(one.logits.flatten(0, 1) for one in said)
-    output["aux_loss"] = loss
-    if output.get("loss") is not None:
-        output["loss"] = output["loss"] + coefficient * loss.to(output["loss"].device)
-    return output
+def _refuse_cut_off(output: Any, now: Forward) -> None:
+    """Refuse a balance loss that teaches nothing: transformers computes it all the same."""
+    loss = output.get("loss")
+    if now.cut_off and torch.is_grad_enabled() and (loss is None or loss.requires_grad):
+        raise ValueError(
+            "Reentrant activation checkpointing runs the layers without a graph, so that the balance loss would be in "
+            "the loss and teach the routers nothing. Turn it on with gradient_checkpointing_kwargs="
+            "{'use_reentrant': False}."
+        )
 
 
-@torch.compiler.disable
+def _put_our_balance_loss(output: Any, now: Forward, coefficient: float | None, router: Any) -> None:
+    """The balance loss of the pairs that were routed in the place of the model's own, which assumes token choice; what
+    the model made of the other parts stays as it is."""
+    loss = output.get("loss")
+    if coefficient is None and loss is not None:
+        raise ValueError(
+            f"This model adds a balance loss to its loss, and usmoe cannot tell how much of it to replace under "
+            f"{router}. Leave output_router_logits out, and add usmoe.layers.balance.balance_loss() yourself."
+        )
+    assert now.said is not None
+    ours, theirs = pooled_balance_loss(now.said), output["aux_loss"]
+    if loss is not None and coefficient:
+        output["loss"] = loss + coefficient * (ours.to(loss.device) - torch.as_tensor(theirs, device=loss.device))
+    output["aux_loss"] = ours
+
+
+@_not_compiled
 def learn_grid(state: Patch, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
     """Before a block: which it is, and how many sequences of how many tokens it is given."""
     _refuse_another_thread(state)
@@ -326,13 +350,15 @@ def learn_grid(state: Patch, name: str, block: nn.Module, args: Any, kwargs: Any
         now.grids.pop(name, None)
 
 
-@torch.compiler.disable  # the pairs are data: compiled code breaks its graph here
+@_not_compiled
 def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tuple) -> tuple:
     """After a router module: our pairs in place of its own."""
     layer, router, now = state.layers[index], state.routers[index], state.current
     rule = layer.rule
     assert rule is not None
     flat = rule.outputs.read_logits(output)
+    if flat.is_meta:  # shapes alone are asked for
+        return output
     (batch, length), valid = _grid(state, layer, router, len(flat))
     logits = flat.view(batch, length, -1)
     valid = None if valid is None else valid.to(logits.device)
@@ -357,16 +383,19 @@ def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tupl
         if now.paged:
             refuse_continuous_batching([router])
         now.states[layer.name] = routing.state
-    if not module.training:
-        state.cuts[index].observe(routing, router)
-    elif not is_causal(router):
-        state.cuts[index].update(routing.cut, router)
+    if not under_transformation():
+        cut = state.cuts[index]
+        if not module.training:
+            cut.observe(routing, router)
+        elif not is_causal(router):
+            cut.update(routing.cut, router)
     routing, output = rule.hand_on(output, routing, flat)
     if valid is not None and competes is None:
         routing = _of_real_tokens(routing, valid.reshape(-1))
     said = RouterOutput(routing=routing, logits=logits)
     if now.said is not None and now.running:
         now.said.append(said)
+        now.cut_off = now.cut_off or not torch.is_grad_enabled()
     for listener in state.listeners:
         listener(layer.name, said)
     return output

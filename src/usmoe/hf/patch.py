@@ -67,7 +67,8 @@ def _try(router: Router, layer: Layer) -> None:
     """Let a router route one token of the layer's width, so that what cannot work is refused before the patch."""
     try:
         host = _on_cpu(layer.host)
-        router(torch.zeros(1, 1, layer.columns), host=host)
+        with torch.device("cpu"):
+            router(torch.zeros(1, 1, layer.columns), host=host)
         if getattr(router, "k", None) is not None:  # also where a threshold does not read it
             experts_per_token(router.k, host, layer.columns)  # pyright: ignore[reportAttributeAccessIssue]
     except ValueError as error:

@@ -39,7 +39,7 @@ class MovingCut(nn.Module):
 
     def prepare(self, cut: Float[Tensor, "G ..."] | None) -> None:
         """Take the shape of a cut before the first batch, so that a state of that shape can be loaded."""
-        if cut is not None and not self.seen and cut.shape[1:] != self.total.shape:
+        if cut is not None and (self.total.is_meta or not self.seen) and cut.shape[1:] != self.total.shape:
             self._forget(tuple(cut.shape[1:]), self.total.device)
 
     def _forget(self, shape: tuple[int, ...], device: torch.device | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from usmoe.experts.compute import ACTIVATIONS, experts_by_pairs, refuse_no_size, up_width
 from usmoe.layers.cut import MovingCut
+from usmoe.layers.mode import DATA, refuse_recording, under_transformation
 from usmoe.layers.threshold_form import moving_threshold, threshold_form
 from usmoe.routing import OwnChoice, USMoE
 from usmoe.routing.gates import GateOutput, gate_of
@@ -125,11 +128,19 @@ class MoE(nn.Module):
         if valid is not None and not padding_counts(self.router):  # a NaN in padding times a gradient of 0 is a NaN
             x = x.masked_fill(~valid.bool().unsqueeze(-1), 0)
             tokens = None if tokens is None else tokens.masked_fill(~valid.bool(), 0)
+        if x.is_meta:
+            raise ValueError(
+                "A batch on the meta device has no values, so nothing can be routed. Move the layer to a device first: "
+                "layer.to_empty(device=...), then load its weights."
+            )
         gated = self._gated(x, tokens)
+        refuse_recording("layer", "Use torch.compile(layer) instead.")
         if self.debug:
             check(gated.logits, valid, segments, padding_counts(self.router))
         # compiled code breaks its graph here: the pairs are data, and the selection stays exact
         compiling = torch.compiler.is_compiling()
+        if compiling:
+            torch._dynamo.graph_break(msg=DATA)
         routed: Any = torch.compiler.disable(self._routed) if compiling else self._routed
         routing = routed(gated, valid, segments, state)
         activation = self._activated if self.dropout and self.training else ACTIVATIONS[self.activation]
@@ -150,24 +161,31 @@ class MoE(nn.Module):
         return dataclasses.replace(gated, logits=noisy)
 
     def _routed(self, gated: GateOutput, valid: Tensor | None, segments: Tensor | None, state: Any) -> Routing:
-        """What the router says, weighed by the gate where it has weights; in training mode, what learns of it does."""
+        """What the router says, weighed by the gate where it has weights."""
         given: dict[str, Any] = {"segments": segments, "host": gated.host}
         router = self._moved() if self.moving else self.router
         routing = call(router, gated.logits, valid, state=state, **given)
-        if not self.training:
-            self.cut.observe(routing, router)
-        elif not is_causal(self.router):
-            tracked = routing
-            if router is not self.router:
-                with torch.no_grad():
-                    tracked = call(self.router, gated.logits, valid, **given)
-            self.cut.update(tracked.cut, self.router)
-        if self.training and hasattr(self.gate, "observe"):
-            self.gate.observe(routing)  # pyright: ignore[reportCallIssue]
+        if not under_transformation():
+            other = None if router is self.router else partial(call, self.router, gated.logits, valid, **given)
+            self._track(routing, router, other)
         if gated.weights is None:
             return routing
         weight = in_float32_at_least(gated.weights).reshape(-1).gather(0, routing.pair)
         return dataclasses.replace(routing, weight=weight)
+
+    @torch.no_grad()
+    def _track(self, routing: Routing, router: Any, look_ahead: Callable[[], Routing] | None) -> None:
+        """What is learnt outside of gradients: in training mode the cut, and the bias of a gate that has one.
+
+        look_ahead: gives the route of the layer's own router, where a moving threshold routes in its place
+        """
+        if not self.training:
+            self.cut.observe(routing, router)
+            return
+        if not is_causal(self.router):
+            self.cut.update((routing if look_ahead is None else look_ahead()).cut, self.router)
+        if hasattr(self.gate, "observe"):
+            self.gate.observe(routing)  # pyright: ignore[reportCallIssue]
 
     def _moved(self) -> Any:
         """The threshold router of the moving average; before there is one, in training mode, the router itself."""
@@ -217,4 +235,5 @@ def _refuse_impossible(router: Any, num_experts: int) -> Tensor | None:
             "OwnChoice() is a pretrained model's own rule; a new layer has none. Name one: TokenChoice(k=2)."
         )
     refuse_what_is_no_router(router)
-    return router(torch.zeros(1, 1, num_experts)).cut if isinstance(router, Router) else None
+    with torch.device("cpu"):  # a layer may be made on the meta device, where nothing can be tried
+        return router(torch.zeros(1, 1, num_experts)).cut if isinstance(router, Router) else None
