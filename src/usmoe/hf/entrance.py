@@ -88,7 +88,7 @@ def close_entrances(state: Patch, model: nn.Module) -> None:
             continue
         delattr(module, _ENTERED)
         found = module.__dict__.get("forward")
-        if isinstance(found, partial) and found.func is entrance:
+        if isinstance(found, partial) and found.args and found.args[0] is state:
             del module.forward
             if found.args[2] is not None:
                 module.forward = found.args[2]
