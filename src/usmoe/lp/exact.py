@@ -6,7 +6,7 @@ the program is solved at a coarse unit first. What another selection could win b
 which settles most pairs; among the pairs that are left it is solved again, at a unit that is finer by what the others
 no longer need (iterative refinement of linear programs, Gleixner, Steffy and Wolter 2016; that far pairs are settled is
 the proximity theorem of Tardos 1985). It ends where nothing is rounded off, so that the selection is an optimum of the
-scores as they stand; and of all optima the one of low flat indices is found, by the same step.
+scores as they stand; and of all optima one of low flat indices is found, by the same step.
 
 Why a pair is settled. Let the scores be c*u + rest with whole c and |rest| <= u/2, and x an optimum for c, with prices
 of tokens, experts and budget by which every exchange of x has a gain of 0 or less. Any optimum y for the scores differs
@@ -35,6 +35,8 @@ from usmoe.lp.prices import Start, start
 _FINEST = -1074
 """Every float64 is a multiple of 2^-1074."""
 
+_STEPS = 9
+"""Power of two of the steps by which ties are broken: finer ones take five times as long where all scores are equal."""
 _MOST = 2.0**51
 """No price to begin with is larger, in units: whole scores net of it are not rounded."""
 
@@ -163,7 +165,7 @@ def _by_index(face: Face) -> Face:
     middle ones."""
     size = face.whole.size
     index = np.arange(1, size + 1).reshape(face.whole.shape)
-    whole = -np.rint(np.ldexp(np.sqrt(index / size), _bits(face.whole.shape[1])))
+    whole = -np.rint(np.ldexp(np.sqrt(index / size), _STEPS))
     return replace(face, whole=np.where(face.open, whole, 0.0), rest=np.zeros_like(whole))
 
 
