@@ -20,7 +20,7 @@ import usmoe
 
 ROOT = Path(usmoe.__file__).parent
 ARROW = [
-    {"types", "checked"},
+    {"types", "checked", "_autoregister"},
     {"lp"},
     {"routing"},
     {"experts"},

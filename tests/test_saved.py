@@ -94,7 +94,7 @@ def spoiled(tmp_path, change) -> str:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda saved: saved.update(schema=2), r"has schema 2, and this usmoe reads schema 1\. Update usmoe"),
+        (lambda saved: saved.update(schema=3), r"has schema 3, and this usmoe reads schema 2\. Update usmoe"),
         (lambda saved: saved["routers"].pop("model.layers.1.mlp"), r"for 1 layers.*the model has 2 MoE layers"),
         (lambda saved: saved["routers"].update({"model.layers.9.mlp": {}}), r"holds no router for model\.layers\.9"),
         (lambda saved: saved["routers"]["model.layers.0.mlp"].update(colour=3), r"holds no router for model.*colour"),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from usmoe.hf.calibrate import calibrate
     from usmoe.hf.load import from_pretrained
     from usmoe.hf.packed import quantize_experts
-    from usmoe.hf.patch import patch, patched, unpatch
+    from usmoe.hf.patch import patch, patched, routers, unpatch
     from usmoe.hf.record import record
     from usmoe.hf.supported import supported
     from usmoe.hf.tune import tune
@@ -46,6 +46,7 @@ _LAZY = {
     "patched": "usmoe.hf.patch",
     "quantize_experts": "usmoe.hf.packed",
     "record": "usmoe.hf.record",
+    "routers": "usmoe.hf.patch",
     "supported": "usmoe.hf.supported",
     "tune": "usmoe.hf.tune",
     "unpatch": "usmoe.hf.patch",
@@ -76,6 +77,7 @@ __all__ = [
     "quantize_experts",
     "record",
     "route",
+    "routers",
     "supported",
     "to_causal",
     "tune",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -14,10 +15,20 @@ _AUTO = "transformers.models.auto.configuration_auto"
 
 def install() -> None:
     """Register now where transformers' AutoConfig is there already, else when it is imported. Twice is once."""
-    if _AUTO in sys.modules:
-        _register(importlib.import_module(_AUTO))  # waits for a thread that is at it
-    elif not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    when_imported(_AUTO, _register)
+
+
+def when_imported(name: str, then: Callable[[Any], None]) -> None:
+    """Call then(module) now where a module is there already, else when it has been imported. Twice is once, as long as
+    it has not been imported."""
+    if name in sys.modules:
+        then(importlib.import_module(name))  # waits for a thread that is at it
+    elif not any(_waits_for(finder, name) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, then))
+
+
+def _waits_for(finder: Any, name: str) -> bool:
+    return type(finder).__module__ == __name__ and getattr(finder, "name", None) == name
 
 
 def _register(auto: Any) -> None:
@@ -44,23 +55,26 @@ class DeepseekConfig(metaclass=_Later):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the module of AutoConfig as it would be found without it, and registers when that has run."""
+    """Finds a module as it would be found without it, and says so when that has run."""
+
+    def __init__(self, name: str = _AUTO, then: Callable[[Any], None] = _register) -> None:
+        self.name, self._then = name, then
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _AUTO:
+        if name != self.name:
             return None
         others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         spec: Any = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self._then)
         return spec
 
 
 class _Loader:
     """Stands in for a loader until its module runs."""
 
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+    def __init__(self, loader: Any, then: Callable[[Any], None]) -> None:
+        self._loader, self._then = loader, then
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -68,5 +82,5 @@ class _Loader:
     def exec_module(self, module: Any) -> None:
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _register(module)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
+        self._then(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not _waits_for(finder, module.__name__)]

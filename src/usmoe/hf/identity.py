@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import sys
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 from usmoe.routing.router import Router
+from usmoe.routing.source import source_of
 
 
 def text_of(router: Any) -> str:
@@ -20,13 +18,13 @@ def text_of(router: Any) -> str:
 
 
 def identity(router: Any) -> dict[str, Any] | None:
-    """A router of ours as its fields; one of the user's own by its name, its fields and the digest of its file; None
-    where it cannot be told from another: a function within a function, a lambda, or code without a file."""
+    """A router of ours as its fields; one of the user's own by its name, its parameters and the digest of its source,
+    with that of the files of one's own that it imports; None where it cannot be told from another: a function within a
+    function, a lambda, or code without a file."""
     if isinstance(router, Router):
         return router.to_dict()
     kind = router if hasattr(router, "__qualname__") else type(router)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if file is None or "<" in kind.__qualname__:
+    source = source_of(router)
+    if source is None or not source.files or source.unread or "<" in kind.__qualname__:
         return None
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return {"own": f"{kind.__module__}:{kind.__qualname__}", "file": digest, "fields": repr(vars(router))}
+    return {"own": f"{kind.__module__}:{kind.__qualname__}", "file": source.digest, "fields": source.fields}

@@ -14,17 +14,19 @@ import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from usmoe.hf.adapters import follow_peft, write_beside_adapter
 from usmoe.hf.entrance import close_entrances, open_entrances
 from usmoe.hf.experts import IMPLEMENTATION, PATCHED
 from usmoe.hf.forward import CARRIED, Listener, Patch, learn_grid, patch_of, reroute
 from usmoe.hf.generation import ENGINES, forget_engine
-from usmoe.hf.layers import Layer, behind_interface, moe_layers
+from usmoe.hf.layers import Layer, behind_interface, moe_layers, plain_name
 from usmoe.hf.packed import packed_experts, refuse_adapted
 from usmoe.hf.saved import written
 from usmoe.hf.wrapped import unwrapped
@@ -60,6 +62,7 @@ def patch(model: PreTrainedModel, router: Any) -> PreTrainedModel:
         if isinstance(chosen, Router):
             _try(chosen, layer)
     _install(inner, layers, routers, object())
+    follow_peft(patch_of)
     return model
 
 
@@ -156,8 +159,9 @@ def _companions(module: nn.Module) -> list[Any]:
 
 
 def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own save_pretrained(), with the routers in the configuration, where usmoe.from_pretrained() finds
-    them; plain transformers loads the model as it was before the patch."""
+    """The model's own save_pretrained(), with the routers, and the cuts that they have tracked in training, in the
+    configuration, where usmoe.from_pretrained() finds them; plain transformers loads the model as it was before the
+    patch."""
     state = patch_of(self)
     assert state is not None
     packed = packed_experts(self)
@@ -166,9 +170,40 @@ def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
             f"The experts of {packed[0]} are in 4 bits, and transformers cannot write them so. Save the model before "
             "its experts are quantised, and quantise them again after loading."
         )
-    with written(self.config, {layer.name: router for layer, router in zip(state.layers, state.routers, strict=True)}):
+    routers, cuts = _named(state, state.routers), _named(state, state.cuts)
+    with written(self.config, routers, cuts):
         before = state.methods["save_pretrained"]
-        return type(self).save_pretrained(self, *args, **kwargs) if before is None else before(*args, **kwargs)
+        said = type(self).save_pretrained(self, *args, **kwargs) if before is None else before(*args, **kwargs)
+    if getattr(self, "_hf_peft_config_loaded", False):  # transformers then writes the adapter alone
+        write_beside_adapter(Path(args[0] if args else kwargs["save_directory"]), routers, cuts)
+    return said
+
+
+def _named(state: Patch, values: list[Any]) -> dict[str, Any]:
+    """{layer name: value} of one value a layer."""
+    return {layer.name: value for layer, value in zip(state.layers, values, strict=True)}
+
+
+def routers(model: nn.Module) -> dict[str, Any]:
+    """{layer name: router} that a model is patched with, itself or within what wraps it (peft, torch.compile,
+    DistributedDataParallel); empty where it is not patched.
+
+    Of a module around a patched model, or of a part of one, it is what its own MoE layers route by, under their names
+    in that module. Raises TypeError for what holds no transformers model, and ValueError for one that is sharded.
+    """
+    inner = unwrapped(model)
+    state = patch_of(inner)
+    if state is not None:
+        return _named(state, state.routers)
+    places = {id(module): plain_name(name) for name, module in inner.named_modules()}
+    found = {}
+    for module in inner.modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, partial) and hook.func is reroute:
+                state, index = hook.args[:2]
+                layer = state.layers[index]
+                found[places.get(id(layer.block), layer.name)] = state.routers[index]
+    return found
 
 
 @contextlib.contextmanager

@@ -1,29 +1,38 @@
 """Routers as data: in a model's configuration, written by save_pretrained() of a patched model and read by
-from_pretrained(), and in files that `usmoe tune` writes."""
+from_pretrained(); beside an adapter of peft; and in files that `usmoe tune` writes.
+
+With a router goes what its layer tracked in training (usmoe.layers.cut): usmoe.to_causal() finds it after loading.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from usmoe.layers.cut import MovingCut
 from usmoe.routing import parse_router
 from usmoe.routing.router import Router
+from usmoe.routing.source import source_of
 
-SCHEMA = 1
-"""Version of config.usmoe. A later one is refused, since its routers may mean something else."""
+SCHEMA = 2
+"""Version of config.usmoe: 2 where it holds tracked cuts, else 1. A later one is refused, since its routers may mean
+something else."""
 
 _KEY = "usmoe"
 
 
 @contextlib.contextmanager
-def written(config: Any, routers: Mapping[str, Any]) -> Iterator[None]:
-    """The configuration with the routers in it, for the length of the with block."""
+def written(config: Any, routers: Mapping[str, Any], cuts: Mapping[str, MovingCut] | None = None) -> Iterator[None]:
+    """The configuration with the routers, and what they tracked, in it, for the length of the with block."""
     missing = object()
     before = config.__dict__.get(_KEY, missing)
-    setattr(config, _KEY, as_data(routers))
+    setattr(config, _KEY, as_data(routers, cuts))
     try:
         yield
     finally:
@@ -33,22 +42,83 @@ def written(config: Any, routers: Mapping[str, Any]) -> Iterator[None]:
             setattr(config, _KEY, before)
 
 
-def as_data(routers: Mapping[str, Any]) -> dict[str, Any]:
-    """{layer name: router} as JSON."""
-    return {"schema": SCHEMA, "routers": {name: _as_data(router) for name, router in routers.items()}}
+def as_data(routers: Mapping[str, Any], cuts: Mapping[str, MovingCut] | None = None) -> dict[str, Any]:
+    """{layer name: router} as JSON, with the cuts that each has tracked; those of a router before it are left out."""
+    data = {"schema": 1, "routers": {name: _as_data(router) for name, router in routers.items()}}
+    tracked = {
+        name: {"total": cut.total.tolist(), "weight": cut.weight.tolist()}
+        for name, cut in (cuts or {}).items()
+        if cut.seen and cut.router in (None, routers[name])
+    }
+    return data | {"schema": 2, "cuts": tracked} if tracked else data
 
 
 def _as_data(router: Any) -> dict[str, Any]:
-    """A router as JSON. Code of the user's own is named, and not run when it is read."""
+    """A router as JSON. Code of the user's own is named, with a digest of its source, and not run when it is read."""
     if isinstance(router, Router):
         return router.to_dict()
     where = getattr(router, "__qualname__", type(router).__qualname__)
-    return {"router": None, "own": f"{getattr(router, '__module__', None) or type(router).__module__}:{where}"}
+    named = f"{getattr(router, '__module__', None) or type(router).__module__}:{where}"
+    source = source_of(router)
+    return {"router": None, "own": named, "digest": None if source is None else source.digest}
+
+
+def take_cuts(data: Any, routers: Mapping[str, Any], cuts: Mapping[str, MovingCut]) -> None:
+    """Give the layers what `as_data` wrote of their cuts, where they route by the router that tracked them. Warns where
+    code of the user's own is not the one that the model was saved with."""
+    saved = data.get("routers", {}) if isinstance(data, Mapping) else {}
+    for name, router in routers.items():
+        before = saved.get(name)
+        if not isinstance(before, Mapping) or before.get("own") != _as_data(router).get("own"):
+            continue
+        digest, now = before.get("digest"), _as_data(router).get("digest")
+        if "own" in before and None not in (digest, now) and digest != now:
+            warnings.warn(
+                f"{before['own']} was edited since the model was saved under it: the digest of its source was "
+                f"{digest[:12]} and is {now[:12]}. Put that source back, or go on with the router as it is now.",
+                stacklevel=3,
+            )
+            return
+        cut = data.get("cuts", {}).get(name)
+        if cut is not None and (not isinstance(router, Router) or dict(before) == _as_data(router)):
+            _restore(cuts[name], cut, router, name)
+
+
+def _restore(cut: MovingCut, said: Any, router: Any, name: str) -> None:
+    try:
+        found = {part: torch.tensor(said[part], dtype=torch.float64) for part in ("total", "weight")}
+        cut.load_state_dict(found)
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"config.usmoe holds no cuts for {name} as usmoe writes them ({error}). Save the model again."
+        ) from error
+    cut.router = router
+
+
+def data_of(config: Any) -> Any:
+    """What a configuration says of routers, as it was written; None where it says nothing."""
+    return getattr(config, _KEY, None)
+
+
+def told(data: Any) -> dict[str, str]:
+    """{layer name: router as text} of what `as_data()` made, for a reader; code of somebody's own by its name. Empty
+    for what is not of that form."""
+    said = data.get("routers") if isinstance(data, Mapping) else None
+    return {str(name): _told(one) for name, one in said.items()} if isinstance(said, Mapping) else {}
+
+
+def _told(one: Any) -> str:
+    if isinstance(one, Mapping) and one.get("router") is None and "own" in one:
+        return f"{one['own']} (code of its author's own)"
+    try:
+        return str(parse_router(one)) if isinstance(one, Mapping) else repr(one)
+    except (TypeError, ValueError, KeyError):
+        return f"{one.get('router')!r}, which this usmoe cannot read"
 
 
 def routers_of(config: Any, source: str) -> dict[str, Any] | None:
     """{layer name: router} as a configuration holds it; None where it holds none. Raises as `routers_in()` does."""
-    data = getattr(config, _KEY, None)
+    data = data_of(config)
     return None if data is None else routers_in(data, f"config.usmoe of {source}")
 
 

@@ -30,6 +30,7 @@ def parse_router(text: str | Mapping[str, Any] | Router) -> Router | Callable[..
     """The router that a text or a dictionary describes: the inverse of `str(router)` and `router.to_dict()`.
 
         parse_router("usmoe(k=1.5, alpha=0.5)") == USMoE(k=1.5, alpha=0.5)
+        parse_router("own") == OwnChoice()        # a pretrained model's own choice
         parse_router("my_package.routers:mine")   # a router of one's own: that object, imported
 
     Raises ValueError for an unknown name or field (with the known ones) and for what is not of that form.
@@ -41,6 +42,8 @@ def parse_router(text: str | Mapping[str, Any] | Router) -> Router | Callable[..
     if isinstance(text, Mapping):
         fields = dict(text)
         return _make(str(fields.pop("router", "")), fields)
+    if text.strip() == "own":
+        return OwnChoice()
     if ":" in text and "(" not in text:
         return _imported(text.strip())
     match = _CALL.fullmatch(text)

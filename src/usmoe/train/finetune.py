@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from usmoe.train.finetuned import (
     start_of,
 )
 from usmoe.train.folder import SCHEMA, RunFolder
+from usmoe.train.pinned import Tell, pin, refuse_edited
 from usmoe.train.scored import Scored
 from usmoe.train.stop import Stopped, stoppable
 from usmoe.train.texts import Texts
@@ -62,6 +64,7 @@ def finetune(
     anew: bool = False,
     progress: bool = True,
     begun: Callable[[int], object] = lambda steps: None,
+    tell: Tell = warnings.warn,
 ) -> Scored:
     """Train a classifier and test it, or go on with that; of a run that is whole, its result.
 
@@ -72,6 +75,7 @@ def finetune(
     resume      go on with the run in the folder; where there is none, begin
     anew        remove the run in the folder, once it is known that this one can begin
     begun       called with the number of optimizer steps once it is known that the run can go on
+    tell        called with a sentence where the source of a router of one's own is not known (usmoe.train.pinned)
 
     After each epoch the rows for selection are classified; the first of the epochs with the highest accuracy there is
     tested, once. Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt. Raises ValueError for
@@ -81,9 +85,11 @@ def finetune(
     run = RunFolder(Path(folder))
     refuse_what_is_there(run.path, going_on=resume or anew)
     place = place_of(device)
-    start, said = start_of(Path(checkpoint), which)
+    start, said = start_of(Path(checkpoint), which, tell)
     task = classification(config.data, data, offline=offline)
     config = resolved(config, start, device)
+    assert config.model is not None
+    routed = config.model.num_experts > 0
     with torch.random.fork_rng(), stoppable() as stop:
         torch.manual_seed(config.seed)
         model = classifier_of(config, start, len(task.classes)).to(place)
@@ -94,10 +100,14 @@ def finetune(
                     (run.path / name).unlink(missing_ok=True)
             if run.begun:
                 run.refuse_differences(_begun(run), _compared(config, said, task), UNREAD)
+                if routed:
+                    refuse_edited(run.path, config.model.router, None, tell)
                 if (run.path / "result.json").is_file():
                     return Scored.load(run.path / "result.json")
             else:
                 _begin(run, config, said, task, start.vocabulary)
+            if routed:
+                pin(run.path, config.model.router, None, tell)
             loop = FinetuneLoop(config, run, task, model, texts)
             begun(loop.steps)
             loop.go(stop, progress=progress)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from usmoe.train.classify import classify
 from usmoe.train.device import precision_of
 from usmoe.train.finetune_config import FinetuneConfig
 from usmoe.train.folder import SCHEMA, RunFolder, Trained, load_run
+from usmoe.train.pinned import Tell, refuse_edited
 from usmoe.train.texts import Texts
 
 
@@ -49,17 +51,18 @@ class FineTuned:
         return classify(self.model, Texts(self.vocabulary, texts, self.config.length), self.config).logits.softmax(-1)
 
 
-def start_of(folder: Path, which: str) -> tuple[Trained, dict[str, Any]]:
+def start_of(folder: Path, which: str, tell: Tell = warnings.warn) -> tuple[Trained, dict[str, Any]]:
     """The checkpoint of `usmoe train`, and what says which it is: the folder's name, the model, its step, digests.
 
     which  best or last
+    tell   as in `load_run`
 
     Raises ValueError where it is none, or of another vocabulary."""
     if which not in ("best", "last"):
         raise ValueError(f"There is no model {which!r} of a run. Choose one of: best, last.")
     if is_finetuned(folder):
         raise ValueError(f"{folder} is a run of usmoe finetune. Give the folder of one of usmoe train.")
-    trained = load_run(folder, which)
+    trained = load_run(folder, which, tell=tell)
     with (folder / f"{which}.safetensors").open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     said = {"run": folder.resolve().name, "model": which, "step": trained.step, "weights": weights}
@@ -150,10 +153,15 @@ def read_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} cannot be read ({reason}). It is not whole, or of another model.") from error
 
 
-def load_classifier(folder: Path, *, device: str = "cpu") -> FineTuned:
+def load_classifier(
+    folder: Path, *, device: str = "cpu", edited: bool = False, tell: Tell = warnings.warn
+) -> FineTuned:
     """The best classifier of a run, in evaluation mode, with its vocabulary and the names of its classes.
 
-    Raises ValueError where the folder holds none, or one that is damaged."""
+    edited, tell  as in `load_run`
+
+    Raises ValueError where the folder holds none, or one that is damaged, and where the source of its router was
+    edited."""
     run = RunFolder(Path(folder))
     path = run.path / "best.safetensors"
     if not is_finetuned(run.path) or not path.is_file():
@@ -161,6 +169,8 @@ def load_classifier(folder: Path, *, device: str = "cpu") -> FineTuned:
     said = begun_with(run.path)
     config, classes = FinetuneConfig.from_dict(said["config"]), tuple(said["task"]["classes"])
     assert config.model is not None
+    if config.model.num_experts:
+        refuse_edited(run.path, config.model.router, None, tell, edited=edited)
     model = Classifier(LanguageModel(config.model), len(classes), config.dropout, config.pooling)
     read_weights(model, path)
     vocabulary = vocabularies.load(run.vocabulary)

@@ -4,6 +4,7 @@ config.json        the configuration, as it was resolved when the run began
 vocabulary.json    what the tokens mean
 log.jsonl          a line every few steps, and one an evaluation
 checkpoint.pt      everything that going on needs
+router.json, router   of a router of one's own: which it is, and its source (usmoe.train.pinned)
 best.safetensors   the model with the best validation figure so far
 last.safetensors   the model after the last step
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,9 @@ from usmoe.data import vocabulary as vocabularies
 from usmoe.data.vocabulary import Vocabulary
 from usmoe.models.language import LanguageModel
 from usmoe.report.whole import whole, whole_json
+from usmoe.routing.text import parse_router
 from usmoe.train.config import TrainConfig
+from usmoe.train.pinned import Tell, refuse_edited, router_given
 
 SCHEMA = 1
 LENGTHENING = ("evaluate_every", "checkpoint_every", "log_every")
@@ -213,13 +217,24 @@ class RunFolder:
         return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
 
 
-def load_run(folder: Path, which: str = "best", *, device: str = "cpu", router: Any = None) -> Trained:
+def load_run(
+    folder: Path,
+    which: str = "best",
+    *,
+    device: str = "cpu",
+    router: Any = None,
+    edited: bool = False,
+    tell: Tell = warnings.warn,
+) -> Trained:
     """The model of a run, in evaluation mode, with its vocabulary and configuration.
 
     which   best: by the validation figure; last: after the last step
     router  in place of the configuration's
+    edited  read it also where the source of its router of one's own was edited since, and say so
+    tell    called with a sentence where that is so, and where nothing is known of it
 
-    Raises ValueError where the folder holds no run, or no such model yet.
+    Raises ValueError where the folder holds no run, or no such model yet, and where the source of its router was
+    edited.
     """
     run = RunFolder(Path(folder))
     config, vocabulary = run.config(), vocabularies.load(run.vocabulary)
@@ -231,6 +246,8 @@ def load_run(folder: Path, which: str = "best", *, device: str = "cpu", router: 
             f"{run.path}: the vocabulary has {vocabulary.size} tokens, and the model {config.model.vocabulary}. They "
             "do not belong together."
         )
+    if router is None and config.model.num_experts:
+        router = _router_of(run.path, config, edited, tell)
     model = LanguageModel(config.model, router)
     try:
         tensors = load_file(path)
@@ -249,6 +266,20 @@ def load_run(folder: Path, which: str = "best", *, device: str = "cpu", router: 
     with safe_open(path, framework="pt") as file:
         step = int((file.metadata() or {}).get("step", 0))
     return Trained(model=model.to(device).eval(), vocabulary=vocabulary, config=config, step=step)
+
+
+def _router_of(run: Path, config: TrainConfig, edited: bool, tell: Tell) -> Any:
+    """The router that a run was trained under; None: its configuration says it."""
+    given = router_given(run)
+    if given is None:
+        refuse_edited(run, config.model.router, None, tell, edited=edited)
+        return None
+    if ":" in given:
+        raise ValueError(
+            f"The run in {run} was trained under an object, {given}, and not under what its configuration says. Give "
+            "it: load_run(folder, router=...)."
+        )
+    return parse_router(given)
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from usmoe.train.likelihood import NotFiniteError, teacher_forced
 from usmoe.train.log import Log
 from usmoe.train.objective import Learner
 from usmoe.train.optimizers import learning_rate, optimisers_of
+from usmoe.train.pinned import Tell, pin, refuse_edited
 from usmoe.train.stop import Stopped, random_states, restore_random_states, stoppable
 from usmoe.train.tally import Tally
 from usmoe.types import RouterOutput
@@ -65,6 +67,7 @@ def train(
     tensorboard: bool = False,
     router: Any = None,
     begun: Callable[[TrainConfig], object] = lambda config: None,
+    tell: Tell = warnings.warn,
 ) -> Finished:
     """Train a language model, or go on with it.
 
@@ -75,12 +78,13 @@ def train(
     seconds  stop after the step that ends so long from now, with a checkpoint
     router   an object in place of the configuration's text: it must be the same one at each resume
     begun    called with the whole configuration once it is known that the run can go on
+    tell     called with a sentence where the source of a router of one's own is not known (usmoe.train.pinned)
 
     Several processes (accelerate launch, torchrun) train one model, each on its own sequences of a step.
 
     Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt. Raises ValueError for bad
-    configurations, a run that is already there, one whose configuration changed, and a loss that is not finite;
-    OSError for a disk that is full. In every case the last checkpoint stays.
+    configurations, a run that is already there, one whose configuration or router's source changed, and a loss that is not
+    finite; OSError for a disk that is full. In every case the last checkpoint stays.
     """
     run, main = RunFolder(Path(folder)), os.environ.get("RANK", "0") == "0"
     place = place_of(device)
@@ -91,9 +95,13 @@ def train(
         config = resolved(config, prepared, device)
         if main and run.begun:
             config = run.refuse_change(config, prepared.digest)
+            if config.model.num_experts:
+                refuse_edited(run.path, config.model.router, router, tell)
         loop = _Loop(config, run, prepared, place, router)
         if main:
             run.begin(config, prepared.vocabulary, prepared.digest)
+            if config.model.num_experts:
+                pin(run.path, config.model.router, router, tell)
             begun(config)
         return loop.go(stop, seconds, progress=progress, tensorboard=tensorboard)
 

@@ -9,21 +9,18 @@ What the paper leaves open is decided here:
 
 from __future__ import annotations
 
-import hashlib
 import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from usmoe.hf.identity import identity
 from usmoe.reproduce.experiment import Scale
 from usmoe.reproduce.given import digest_of
 from usmoe.reproduce.training.runs import CORPORA, SMALL, SWEEP_STEPS, Run
 from usmoe.routing.host import ROUTE
 from usmoe.routing.router import Router, experts_per_token
+from usmoe.routing.source import source_of
 from usmoe.routing.text import ROUTERS, parse_router
 from usmoe.train.config import TrainConfig
 from usmoe.train.methods import METHODS, Method
@@ -69,8 +66,8 @@ def named(method: str, paper: str | None = None, k: float | None = None) -> Row:
 def own(router: str, base: TrainConfig) -> Row:
     """A row of a router as typed; no balance loss.
 
-    Its name has a digest of the router, and of its source where it is one's own: when that file changes, it is another
-    row, and other models. Code that the file imports is not looked at.
+    Its name has a digest of the router, and of its source where it is one's own, with the files of one's own that it
+    imports: when one of them changes, it is another row, and other models.
 
     base  of the experiment. Raises ValueError for a router that cannot be had, or cannot route in its model
     """
@@ -83,18 +80,13 @@ def own(router: str, base: TrainConfig) -> Row:
             experts_per_token(k, ROUTE, base.model.num_experts)
     except ValueError as error:
         raise ValueError(f"--router {router}: {error}") from error
-    source = None if type(made) in ROUTERS.values() else [identity(made), _digest_of_module(router)]
+    found = None if type(made) in ROUTERS.values() else source_of(made, router)
+    source = None if found is None else found.digest
     slug = re.sub(r"[^\w.]+", "-", said).strip("-")
     return Row(
         name=f"{slug}-{digest_of([said, source])}",
         method=Method(title=router, router=router, note="Without a balance loss."),
     )
-
-
-def _digest_of_module(router: str) -> str | None:
-    """Of the file of the module in module:name, which is not always that where the router's class is written."""
-    file = getattr(sys.modules.get(router.partition(":")[0].strip()), "__file__", None)
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
