@@ -42,24 +42,25 @@ def demo(
     import torch
 
     from usmoe.cli.measure import measure
+    from usmoe.cli.routers import load_beside, saved_contender
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
     from usmoe.hf.compare import contenders, settled
-    from usmoe.hf.load import load
     from usmoe.hf.patch import supported_layers
 
     torch.manual_seed(seed)
-    loaded, tokenizer = load(model, dtype=dtype, device=device, offline=offline)
+    loaded, tokenizer = load_beside(model, dtype=dtype, device=device, offline=offline)
     layers = supported_layers(loaded)
     host = layers[0].host
     assert host is not None
     assert host.k is not None
     data = corpus(tokenizer, loaded, text, tokens, length)
     entries = settled(loaded, contenders(host.k), data.calibration)
+    entries[1:1] = saved_contender(loaded)
     rows = measure(loaded, data, entries, positions, seed)
     picture = _picture(loaded, tokenizer, data, entries, target)
     about = {
-        "model": model or "novelist (ships with usmoe)",
+        "model": "novelist (ships with usmoe)" if model in (None, "shipped") else model,
         "text": data.source,
         "tokens": data.tokens.numel(),
         "length": data.tokens.shape[1],

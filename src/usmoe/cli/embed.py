@@ -24,7 +24,8 @@ def embed(
     router: Annotated[
         str | None,
         typer.Option(
-            help='Such as "usmoe(alpha=0.5)"; package.module:name of your own; or a .json file that usmoe tune wrote.'
+            help='Such as "usmoe(alpha=0.5)"; package.module:name of your own; a .json file that usmoe tune wrote; '
+            "own: the model's own choice. Without it, or as saved: the routers that the model was saved with."
         ),
     ] = None,
     embedding: Annotated[str | None, typer.Option(help="hidden (without it), router, or moee: both.")] = None,
@@ -109,14 +110,17 @@ def embed(
 def _encoder(model: str, over: dict[str, Any], given: dict[str, Any], device: str, offline: bool) -> Encoder:
     """The encoder that lies in a folder, or one of a model with the settings that were given; over: what either takes.
     What is None was not given."""
+    from usmoe.cli.routers import chosen, refuse_none_saved, saved_with
     from usmoe.embed.encoder import Encoder
-    from usmoe.hf.saved import read_router
 
     over, given = ({name: value for name, value in one.items() if value is not None} for one in (over, given))
-    if "router" in over:
-        over["router"] = read_router(over["router"])
+    router = over.pop("router", None)
+    choice = chosen(router)
+    saved = saved_with(model, offline, "this is under them" if choice is None else f"this is under {router}")
+    refuse_none_saved(router, saved, model)
+    over |= {} if choice is None else {"router": choice}
     if not (Path(model) / "usmoe_encoder.json").is_file():
-        return Encoder(None if model == "shipped" else model, device=device, offline=offline, **over, **given)
+        return Encoder(model, device=device, offline=offline, **over, **given)
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{model} is a saved encoder, whose settings are its own. Leave out {flags}.")

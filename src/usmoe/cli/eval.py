@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from usmoe.evaluate.run import Score
     from usmoe.reproduce.view import View
 
-_OF_RUNS = ("text", "split", "positions", "serve_k", "tokens", "segment", "memory", "cache")
+_OF_RUNS = ("text", "split", "positions", "serve_k", "tokens", "segment", "memory", "edited", "cache")
 _NOT_OF_RUNS = (
     *("tasks", "embeddings", "prompts", "pooling", "moee", "w", "router_features", "instructions", "standardize"),
     *("max_length", "lm_eval", "scoring", "limit", "fewshot", "include", "results", "quantize", "batch_size"),
@@ -35,7 +35,9 @@ def evaluate(
     ] = None,
     routers: Annotated[
         list[str],
-        typer.Option(help='With commas between: own, expert_choice, "usmoe(alpha=0.5)", module:name, a tune .json.'),
+        typer.Option(
+            help='With commas between: own, saved, expert_choice, "usmoe(alpha=0.5)", module:name, a tune .json.'
+        ),
     ] = ["own"],  # noqa: B006
     embeddings: Annotated[list[str], typer.Option(help="hidden, router, moee.")] = ["hidden"],  # noqa: B006
     prompts: Annotated[
@@ -77,6 +79,10 @@ def evaluate(
     memory: Annotated[
         int | None, typer.Option(help="Of a run: tokens remembered; without it as it was evaluated.", min=0)
     ] = None,
+    edited: Annotated[
+        bool,
+        typer.Option("--edited", help="Of a run: read it although the source of its router of one's own was edited."),
+    ] = False,
     cache: Annotated[Path, typer.Option(help="Of a run: where usmoe train keeps prepared corpora.")] = Path(
         "usmoe-runs/.corpora"
     ),
@@ -102,6 +108,7 @@ def evaluate(
     """Score a model's embeddings with mteb, or the model itself with lm-eval, under one router or several; or a run of
     usmoe train by how well it predicts its test split: teacher-forced, honest, and served by causal routers.
 
+    Without --routers a model is read under the routers that it was saved with (saved), or else by its own choice (own).
     A run is always read by its own router, and by every other one in --routers, too. --dtype other than float32 reads
     it under autocast, as runs of that precision are trained.
 
@@ -121,7 +128,7 @@ def evaluate(
             _refuse(context, ("data", "cache"), "of the run's own corpus, of which --text reads nothing")
         page = options.output_path(markdown, force, "--markdown")
         said = dict(text=text, split=split, positions=positions, k=serve_k, tokens=tokens, segment=segment)
-        said |= dict(memory=memory, routers=options.listed(routers), data=data, cache=cache)
+        said |= dict(edited=edited, memory=memory, routers=options.listed(routers), data=data, cache=cache)
         _of_run(Path(model), page, as_json, said | dict(seed=seed, device=device, dtype=dtype, offline=offline))
         return
     named, language = options.listed(tasks or ()), options.listed(lm_eval or ())
@@ -135,6 +142,7 @@ def evaluate(
     of_embeddings = (embeddings, prompts, pooling, moee, w, router_features, instructions, standardize, max_length)
     if not named and of_embeddings != (["hidden"], ["none"], "last", "concat", 1.0, "logits", False, None, None):
         raise typer.BadParameter("Options of embeddings belong to --tasks, which is not given")
+    from usmoe.cli.routers import saved_with
     from usmoe.reproduce import views
     from usmoe.reproduce.view import as_markdown
 
@@ -143,7 +151,10 @@ def evaluate(
         raise ValueError(f"There is no folder {data}. Give one with local data sets, or leave --data out for the hub.")
     if offline:  # read where these libraries are imported, below
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    place = None if model == "shipped" else model
+    routers = options.listed(routers)
+    saved = saved_with(model, offline, "as --routers saved; own is the model's own choice")
+    if saved and not options.was_typed(context, "routers"):
+        routers = ["saved"]
     shared: dict[str, Any] = dict(
         results=results, data=data, batch_size=batch_size, seed=seed, device=device, dtype=dtype, offline=offline
     )
@@ -153,9 +164,9 @@ def evaluate(
         from usmoe.evaluate.run import evaluate as run
         from usmoe.evaluate.setting import grid
 
-        _warn(options.listed(routers))
+        _warn(routers, saved)
         settings = grid(
-            options.listed(routers),
+            routers,
             options.listed(embeddings),
             [name for one in prompts for name in ([one] if "{text}" in one else options.listed([one]))],
             pooling=pooling,
@@ -166,14 +177,14 @@ def evaluate(
             standardize=standardize,
             max_length=max_length,
         )
-        found = run(place, named, settings, quantize=quantize, anew=force, done=_tell, **shared)
+        found = run(model, named, settings, quantize=quantize, anew=force, done=_tell, **shared)
         said["scores"] = [one.to_dict() for one in found]
         shown += views.embedding_views(found, model)
     if language:
         scored = _language(
-            place,
+            model,
             language,
-            options.listed(routers),
+            routers,
             options=dict(scoring=scoring, limit=limit, num_fewshot=fewshot, include=include),
             quantize=quantize,
             **shared,
@@ -193,11 +204,7 @@ def evaluate(
 
 def _refuse(context: typer.Context, names: Collection[str], why: str) -> None:
     """Refuse what was typed and would not be read, by its flags."""
-    typed = [
-        f"--{name.replace('_', '-')}"
-        for name in names
-        if getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
-    ]
+    typed = [f"--{name.replace('_', '-')}" for name in names if options.was_typed(context, name)]
     if typed:
         verb, them = ("is", "it") if len(typed) == 1 else ("are", "them")
         raise typer.BadParameter(f"{', '.join(typed)} {verb} {why}. Leave {them} out")
@@ -222,13 +229,17 @@ def _tell(score: Score) -> None:
     sys.stderr.write(f"{score.task}  {score.setting.label}: {100 * score.score:.2f}\n")
 
 
-def _warn(routers: Sequence[str]) -> None:
+def _warn(routers: Sequence[str], saved: Mapping[str, str]) -> None:
     """Say of which routers a vector depends on more than its text."""
     from usmoe.evaluate.run import router_of
+    from usmoe.hf.saved import CODE
+    from usmoe.routing.text import parse_router
     from usmoe.types import promises_of
 
     for text in routers:
-        router = router_of(text)
+        router = router_of(text, bool(saved))
+        if text == "saved":  # as text: what cannot be read so is refused where the model is loaded
+            router = {name: parse_router(one) for name, one in saved.items() if not one.endswith(CODE)}
         several = list(router.values()) if isinstance(router, dict) else [] if router is None else [router]
         if not all(promises_of(one).batch_independent and promises_of(one).padding_independent for one in several):
             sys.stderr.write(
@@ -255,10 +266,11 @@ def _language(
     from usmoe.embed.digest import digest
     from usmoe.evaluate.language_runs import compare_routers
     from usmoe.evaluate.run import router_of
-    from usmoe.hf.load import load
+    from usmoe.hf.load import load, saved_with
     from usmoe.hf.packed import quantize_experts
 
-    chosen = {text: router_of(text) for text in routers}
+    saved = saved_with(model, offline=offline)
+    chosen = {text: router_of(text, bool(saved)) for text in routers}
     loaded, tokenizer = load(model, dtype=dtype, device=device, offline=offline)
     if quantize is not None:
         quantize_experts(loaded, quantize)  # pyright: ignore[reportArgumentType]

@@ -119,6 +119,7 @@ def finetune(
     keep_memory()
     found: list[Scored] = []
     shared: dict[str, Any] = dict(checkpoint=checkpoint, which=which, data=data, offline=offline, device=device)
+    shared["tell"] = options.tell
     _refuse_another_kind(folder, seeds)
     places = {number: folder if seeds == 1 else folder / f"seed-{number}" for number in range(seed, seed + seeds)}
     for place in places.values():  # before the first is trained

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -80,12 +81,14 @@ def _examples(routers: dict[str, Any]) -> list[Any]:
 def _of_model(model: str, seed: int, dtype: str, device: str, offline: bool) -> dict[str, Any]:
     import torch
 
+    from usmoe.cli.routers import in_words, saved_with
     from usmoe.hf.load import load_model
     from usmoe.hf.supported import supported
 
     torch.manual_seed(seed)
-    loaded = load_model(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
-    rows = [dataclasses.asdict(row) for row in supported(loaded)]
+    saved = saved_with(model, offline, "usmoe runs it under them unless --router says otherwise")
+    loaded = load_model(model, router={}, dtype=dtype, device=device, offline=offline)
+    rows = with_saved(supported(loaded), saved)
     if not rows:
         raise ValueError(f"{model} ({type(loaded).__name__}) has no MoE layer that transformers declares.")
     parameters = sum(p.numel() for p in loaded.parameters())
@@ -93,13 +96,19 @@ def _of_model(model: str, seed: int, dtype: str, device: str, offline: bool) -> 
         "model": model,
         "class": type(loaded).__name__,
         "parameters": f"{parameters:,}",
+        "saved with": in_words(saved) if saved else "no routers of usmoe: its own choice",
         "layers": rows,
     }
 
 
-def print_layers(model: str, layers: list[Any], as_json: bool) -> None:
-    """A row a MoE layer, of `usmoe.supported()`."""
-    rows = [dataclasses.asdict(row) for row in layers]
+def with_saved(layers: list[Any], saved: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A row a MoE layer, of `usmoe.supported()`, with the router that it was saved with, where there are such."""
+    return [dataclasses.asdict(row) | ({"saved_with": saved.get(row.layer)} if saved else {}) for row in layers]
+
+
+def print_layers(model: str, layers: list[Any], saved: Mapping[str, str], as_json: bool) -> None:
+    """A row a MoE layer, as `with_saved` has it."""
+    rows = with_saved(layers, saved)
     if as_json:
         options.write_json({"model": model, "layers": rows})
     elif rows:

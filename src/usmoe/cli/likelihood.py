@@ -41,6 +41,7 @@ def figures_of_run(
     segment: int | None,
     memory: int | None,
     routers: Sequence[str],
+    edited: bool,
     data: Path | None,
     cache: Path,
     seed: int,
@@ -54,6 +55,7 @@ def figures_of_run(
     tokens   of the split, from its beginning; None: all
     segment  tokens predicted at once, and memory: tokens remembered; None: as the run's configuration says
     routers  as text, beside "own", by which the model is always read
+    edited   read it although the source of its router of one's own was edited, and say so
     cache    where training prepared the corpus
     dtype    other than float32: of the matrices' products, by autocast, as a run of that precision was trained
 
@@ -72,7 +74,7 @@ def figures_of_run(
     if files:
         raise ValueError(f"{files[0]} names layers of a pretrained model, which a run has not. Name a router.")
     under = {one: parse_router(one) for one in routers if one != "own"}
-    trained = load_run(folder, device=device)
+    trained = load_run(folder, device=device, edited=edited, tell=options.tell)
     _refuse_k(trained, k)
     setting = _setting(trained.config.evaluation, tokens, segment, memory)
     _refuse_split(split)

@@ -22,7 +22,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout inste
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output file.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Model = Annotated[
-    str | None, typer.Option("--model", help="A folder or a hub id; without it the model that ships with usmoe.")
+    str | None,
+    typer.Option("--model", help="A folder or a hub id; without it, or as shipped, the model that ships with usmoe."),
 ]
 Text = Annotated[
     str | None, typer.Option("--text", help="A file of UTF-8 text, or - for stdin; without it the shipped sample.")
@@ -106,6 +107,11 @@ def output_folder(path: Path | None, force: bool) -> Path | None:
     return path
 
 
+def was_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, be it at its default."""
+    return getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
+
+
 def listed(given: Sequence[str]) -> list[str]:
     """What an option lists with commas between, and what it lists when it is given again; a comma within brackets
     belongs to the item: usmoe(k=2, alpha=0.5)."""
@@ -120,6 +126,11 @@ def listed(given: Sequence[str]) -> list[str]:
         found.append("")
         depth = 0
     return list(dict.fromkeys(item.strip() for item in found if item.strip()))
+
+
+def tell(sentence: str) -> None:
+    """Say something on stderr, beside the result."""
+    sys.stderr.write(f"usmoe: {sentence}\n")
 
 
 def write_json(said: Any) -> None:

@@ -17,8 +17,8 @@ def patch(
     router: Annotated[
         str | None,
         typer.Option(
-            help='Such as "usmoe(k=0.75x)" or "own_choice(k=6)"; package.module:name of your own; or a .json file that '
-            "usmoe tune wrote."
+            help='Such as "usmoe(k=0.75x)" or "own_choice(k=6)"; own: the model\'s own choice; saved: the routers that '
+            "it was saved with; package.module:name of your own; or a .json file that usmoe tune wrote."
         ),
     ] = None,
     check: Annotated[
@@ -52,38 +52,41 @@ def patch(
 
     from usmoe.cli.info import print_layers
     from usmoe.cli.measure import measure
-    from usmoe.cli.routers import save_model
+    from usmoe.cli.routers import chosen, load_beside, refuse_none_saved, save_model, saved_contender, saved_with
     from usmoe.cli.table import print_rows
     from usmoe.cli.tokens import corpus
     from usmoe.hf.compare import Contender, settled
-    from usmoe.hf.load import load, load_model
+    from usmoe.hf.load import load_model
     from usmoe.hf.patch import patch as patch_model
-    from usmoe.hf.patch import supported_layers
-    from usmoe.hf.saved import read_router
+    from usmoe.hf.patch import routers, supported_layers
     from usmoe.hf.supported import supported
     from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 
-    place = None if model == "shipped" else model
     if check:
         if router is not None or save is not None:
             raise typer.BadParameter("--check only looks: leave --router and --save out")
-        loaded = load_model(place, dtype=dtype, device=device, offline=offline)
-        print_layers(model, supported(loaded), as_json)
+        saved = saved_with(model, offline, "usmoe runs it under them unless --router says otherwise")
+        loaded = load_model(model, router={}, dtype=dtype, device=device, offline=offline)
+        print_layers(model, supported(loaded), saved, as_json)
         supported_layers(loaded)  # says in a sentence where the model cannot be patched
         return
     if router is None:
         raise typer.BadParameter('Missing option --router: give one, such as "usmoe(k=0.75x)", or --check')
-    chosen = read_router(router)
-    if calibrated and not isinstance(chosen, USMoE | ExpertChoice | Mapping):
+    choice = chosen(router)
+    if calibrated and not isinstance(choice, USMoE | ExpertChoice | Mapping | None):
         raise ValueError(f"--calibrate finds thresholds for usmoe and expert_choice routers, not for {router}.")
     folder = options.output_folder(save, force)
     torch.manual_seed(seed)
-    loaded, tokenizer = load(place, dtype=dtype, device=device, offline=offline)
+    loaded, tokenizer = load_beside(model, dtype=dtype, device=device, offline=offline)
+    refuse_none_saved(router, routers(loaded), model)
     layers = supported_layers(loaded)
+    saved = [] if router == "saved" else saved_contender(loaded)
+    choice = routers(loaded) if choice is None else choice
     data = corpus(tokenizer, loaded, text, tokens, length)
     entries = [
         Contender(label="the model's own choice", router=OwnChoice()),
-        Contender(label=f"{router}, calibrated" if calibrated else router, router=chosen, calibrated=calibrated),
+        *saved,
+        Contender(label=f"{router}, calibrated" if calibrated else router, router=choice, calibrated=calibrated),
     ]
     entries = settled(loaded, entries, data.calibration)
     rows = measure(loaded, data, entries, positions, seed)

@@ -21,7 +21,11 @@ def route(
         ),
     ] = None,
     router: Annotated[
-        str | None, typer.Option(help='Such as "usmoe(k=1.5)"; for text, without it the model\'s own choice.')
+        str | None,
+        typer.Option(
+            help='Such as "usmoe(k=1.5)", or a .json file of usmoe tune. For text, without it: the routers that the '
+            "model was saved with (saved), or else its own choice (own)."
+        ),
     ] = None,
     model: Model = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to route, at most.", min=1)] = 64,
@@ -79,19 +83,23 @@ def _of_text(
 ) -> tuple[list[str], dict[str, Any]]:
     import torch
 
-    from usmoe import parse_router
+    from usmoe.cli.routers import chosen, refuse_none_saved, saved_with
     from usmoe.cli.tokens import first_tokens
     from usmoe.hf.load import load
-    from usmoe.hf.patch import patched
+    from usmoe.hf.patch import patch, routers
     from usmoe.hf.record import record
     from usmoe.routing import OwnChoice
 
-    chosen = OwnChoice() if router is None else parse_router(router)
+    choice = chosen(router)
     pieces = [SAMPLE.read_text(encoding="utf-8")] if file is None else text_pieces(file)
-    loaded, tokenizer = load(model, dtype=dtype, device=device, offline=offline)
+    saved = saved_with(model, offline, "this is under them" if choice is None else f"this is under {router}")
+    refuse_none_saved(router, saved, model)
+    loaded, tokenizer = load(model, router=choice, dtype=dtype, device=device, offline=offline)
+    if not routers(loaded):
+        patch(loaded, OwnChoice())
     limit = getattr(loaded.config, "max_position_embeddings", None) or most
     ids = first_tokens(tokenizer, pieces, min(most, limit))
-    with torch.no_grad(), patched(loaded, chosen), record(loaded) as trace:
+    with torch.no_grad(), record(loaded) as trace:
         loaded(input_ids=ids[None].to(loaded.device), use_cache=False)
     words = [tokenizer.decode([token]) for token in ids.tolist()]
     return words, {name: one.routing for name, one in trace.last.items()}

@@ -142,6 +142,7 @@ def train(
             device=device,
             resume=resume,
             tensorboard=tensorboard,
+            tell=options.tell,
             begun=lambda whole: sys.stderr.write(
                 f"{folder}: {whole.steps} steps of {whole.batch} x {whole.segment} tokens\n"
             ),
@@ -269,7 +270,7 @@ def _export(folder: Path, export: Path) -> None:
     from usmoe.train.export import export as write
     from usmoe.train.folder import load_run
 
-    trained = load_run(folder)
+    trained = load_run(folder, tell=options.tell)
     context = trained.config.segment
     tokenizer = for_transformers(trained.vocabulary, context)
     precision = trained.config.precision  # a run in bfloat16 loses nothing that it computed with

@@ -53,9 +53,9 @@ def tune(
     import torch
 
     from usmoe.cli.measure import measure
+    from usmoe.cli.routers import load_beside, saved_contender
     from usmoe.cli.tokens import corpus
     from usmoe.hf.frontier import frontier
-    from usmoe.hf.load import load
     from usmoe.hf.patch import supported_layers
     from usmoe.hf.tune import trials
     from usmoe.routing import USMoE
@@ -64,7 +64,7 @@ def tune(
     folder = options.output_folder(save, force)
     budgets = [USMoE(k=_as_budget(one)).k for one in budget]
     torch.manual_seed(seed)
-    loaded, tokenizer = load(None if model == "shipped" else model, dtype=dtype, device=device, offline=offline)
+    loaded, tokenizer = load_beside(model, dtype=dtype, device=device, offline=offline)
     layers = supported_layers(loaded)
     data = corpus(tokenizer, loaded, text, tokens, length)
     runs = len(budgets) * trials(len(layers))
@@ -74,6 +74,7 @@ def tune(
             bar.update()
 
         entries = frontier(loaded, data.calibration, budgets, tick=tick)
+    entries[1:1] = saved_contender(loaded)
     rows = measure(loaded, data, entries, 0, seed)
     best = entries[-1].router
     about = {"model": model, "text": data.source, "tokens": data.tokens.numel(), "length": data.tokens.shape[1]}

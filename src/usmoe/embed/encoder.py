@@ -40,10 +40,11 @@ class Encoder:
     enc = usmoe.Encoder("allenai/OLMoE-1B-7B-0924", router=usmoe.USMoE(alpha=0.5), embedding="moee", prompt="prompteol")
     vectors = enc.encode(["a text", "another"])                      # (2, D) numpy, float32
 
-    model        a transformers model, a folder, a hub id, or None for the model that ships with usmoe. A model of one's
-                 own is left as it is: it is patched while it encodes, and only then.
+    model        a transformers model, a folder, a hub id, or None, or "shipped", for the model that ships with usmoe. A
+                 model of one's own is left as it is: it is patched while it encodes, and only then.
     tokenizer    that of the model; None: from where the model comes
-    router       as in usmoe.patch(); None: what the model does by itself, patched or not
+    router       as in usmoe.patch(); None: what the model does by itself, patched or not, or was saved with;
+                 usmoe.OwnChoice() for the model's own choice all the same
     standardize  None: features as they are. "novels" (a sample that ships with usmoe), a file with a text a line, a
                  list of texts, or {name: texts}: each feature minus its mean, over its deviation, both taken once over
                  that sample and kept with the encoder. Or Statistics that were kept.

@@ -24,6 +24,7 @@ from usmoe.embed.standardize import Statistics, sample_of
 from usmoe.evaluate.bands import band
 from usmoe.evaluate.setting import Setting
 from usmoe.evaluate.tasks import find_tasks
+from usmoe.hf.load import saved_with
 from usmoe.hf.saved import read_router
 from usmoe.report.whole import whole_json
 
@@ -106,8 +107,9 @@ def evaluate(
     if any(setting.encoder_settings().is_sum for setting in settings):
         for task in found:
             refuse_sum(task.metadata)
-    routers = {setting.router: router_of(setting.router) for setting in settings}
-    first = Encoder(None if model in (None, "shipped") else model, device=device, dtype=dtype, offline=offline)
+    saved = bool(saved_with(model, offline=offline))
+    routers = {setting.router: router_of(setting.router, saved) for setting in settings}
+    first = Encoder(model, device=device, dtype=dtype, offline=offline)
     if quantize is not None:
         from usmoe.hf.packed import quantize_experts
 
@@ -134,9 +136,19 @@ def evaluate(
     return [scores[task.metadata.name, setting] for task in found for setting in settings]
 
 
-def router_of(text: str) -> Any:
-    """The router of a Setting: None for "own", what the model does by itself."""
-    return None if text == "own" else read_router(text)
+def router_of(text: str, saved: bool = False) -> Any:
+    """The router of a Setting; None where the model, as it is loaded, has it already.
+
+    saved  whether the model was saved with routers. Raises ValueError where they are asked for, and there are none
+    """
+    if text == "saved" and not saved:
+        raise ValueError(
+            "The model was saved without routers, so there is nothing that saved could mean. Give a router, or own for "
+            "the model's own choice."
+        )
+    if text == "saved" or (text == "own" and not saved):
+        return None
+    return read_router(text)
 
 
 def _models(

@@ -15,8 +15,8 @@ class Setting:
     """One way to make embeddings of a model. EncoderSettings says what the fields mean."""
 
     router: str = "own"
-    """As typed: own (what the model does by itself), usmoe(alpha=0.5), expert_choice(...), package.module:name, or a
-    .json file that `usmoe tune` wrote."""
+    """As typed: own (the model's own choice), saved (what it was saved with), usmoe(alpha=0.5), expert_choice(...),
+    package.module:name, or a .json file that `usmoe tune` wrote."""
     embedding: Embedding = "hidden"
     prompt: str = "none"
     pooling: Pooling = "last"

@@ -43,7 +43,7 @@ def load_model(
     and no code that a model brings is run.
 
     model    None or "shipped" for the one that ships with usmoe; a folder; or a hub id, as allenai/OLMoE-1B-7B-0924
-    router   as in `patch()`, in place of those that the model was saved with
+    router   as in `patch()`, in place of those that the model was saved with; {}: none, the model is not patched
     dtype    float32 | bfloat16 | float16
     device   cpu, cuda, cuda:1
     offline  only what is already on this machine
@@ -56,6 +56,7 @@ def load_model(
     loaded = _from_pretrained(AutoModelForCausalLM, "model", model, offline, dtype=DTYPES[dtype], use_safetensors=True)
     data = data_of(loaded.config)
     chosen = routers_of(loaded.config, str(model)) if router is None else router
+    chosen = None if router == {} else chosen
     return _routed(loaded, chosen, data, str(model), given=router is not None).to(place).eval()
 
 

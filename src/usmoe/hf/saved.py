@@ -24,6 +24,9 @@ SCHEMA = 2
 """Version of config.usmoe: 2 where it holds tracked cuts, else 1. A later one is refused, since its routers may mean
 something else."""
 
+CODE = "(code of its author's own)"
+"""What a router that is named, and not run from a file, is marked by where it is told of."""
+
 _KEY = "usmoe"
 
 
@@ -72,7 +75,7 @@ def take_cuts(data: Any, routers: Mapping[str, Any], cuts: Mapping[str, MovingCu
         if not isinstance(before, Mapping) or before.get("own") != _as_data(router).get("own"):
             continue
         digest, now = before.get("digest"), _as_data(router).get("digest")
-        if "own" in before and None not in (digest, now) and digest != now:
+        if digest is not None and now is not None and digest != now:
             warnings.warn(
                 f"{before['own']} was edited since the model was saved under it: the digest of its source was "
                 f"{digest[:12]} and is {now[:12]}. Put that source back, or go on with the router as it is now.",
@@ -109,7 +112,7 @@ def told(data: Any) -> dict[str, str]:
 
 def _told(one: Any) -> str:
     if isinstance(one, Mapping) and one.get("router") is None and "own" in one:
-        return f"{one['own']} (code of its author's own)"
+        return f"{one['own']} {CODE}"
     try:
         return str(parse_router(one)) if isinstance(one, Mapping) else repr(one)
     except (TypeError, ValueError, KeyError):

@@ -215,7 +215,7 @@ def _said(value: Any, around: frozenset[int]) -> Any:
     held = getattr(value, "__dict__", None)
     if isinstance(value, torch.nn.Module):  # its parameters are of the model, and saved with it
         held = {name: one for name, one in vars(value).items() if not name.startswith("_")}
-        held |= {name: one for name, one in value.named_children()}
+        held |= dict(value.named_children())
     if held is None:
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     return {"class": f"{type(value).__module__}:{type(value).__qualname__}", "fields": _said(dict(held), inside)}

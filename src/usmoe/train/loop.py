@@ -83,8 +83,8 @@ def train(
     Several processes (accelerate launch, torchrun) train one model, each on its own sequences of a step.
 
     Ctrl-C and SIGTERM end the step, write a checkpoint and raise KeyboardInterrupt. Raises ValueError for bad
-    configurations, a run that is already there, one whose configuration or router's source changed, and a loss that is not
-    finite; OSError for a disk that is full. In every case the last checkpoint stays.
+    configurations, a run that is already there, one whose configuration or router's source changed, and a loss that
+    is not finite; OSError for a disk that is full. In every case the last checkpoint stays.
     """
     run, main = RunFolder(Path(folder)), os.environ.get("RANK", "0") == "0"
     place = place_of(device)
