@@ -70,7 +70,9 @@ def saved_contender(loaded: Any) -> list[Any]:
     from usmoe.hf.patch import routers
 
     now = routers(loaded)
-    return [Contender(label="the routers it was saved with", router=now)] if now else []
+    first = next(iter(now.values()), None)
+    router = first if all(one == first for one in now.values()) else now
+    return [Contender(label="the routers it was saved with", router=router)] if now else []
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
