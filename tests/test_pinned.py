@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -108,8 +109,9 @@ def test_helpers_of_ones_own_count_wherever_they_are_imported(how, written):
     ]
     assert made[0] == made[3]
     assert len(set(made)) == 3
-    files = source_of(written(pinned_a=mine, pinned_b=helper.format(k=1), pinned_c="N = 1\n").route).files
-    assert set(files) == {"pinned_a.py", "pinned_b.py", "pinned_c.py"}  # neither torch nor usmoe
+    found = source_of(written(pinned_a=mine, pinned_b=helper.format(k=1), pinned_c="N = 1\n").route)
+    assert found is not None
+    assert set(found.files) == {"pinned_a.py", "pinned_b.py", "pinned_c.py"}  # neither torch nor usmoe
 
 
 def test_relative_imports_of_a_package_and_a_name_in_another_module_count(written):
@@ -138,7 +140,7 @@ def test_what_is_cached_under_a_router_is_another_where_its_helper_is(written):
     mine = "import pinned_b\n" + PLAIN.format(k=1)
     said = [identity(written(pinned_a=mine, pinned_b=f"K = {k}\n").route) for k in (1, 2, 1)]
     assert said[0] == said[2] != said[1]
-    namespace = {}
+    namespace: dict[str, Any] = {}
     exec(PLAIN.format(k=1), namespace | {"__name__": "nowhere"}, namespace)
     assert identity(namespace["route"]) is None
 
@@ -217,11 +219,11 @@ def test_an_object_that_was_given_is_asked_for_and_compared(written, tmp_path):
 
 
 def test_where_no_source_can_be_had_it_is_said_at_the_start(tmp_path):
-    namespace = {"__name__": "nowhere"}
+    namespace: dict[str, Any] = {"__name__": "nowhere"}
     exec(PLAIN.format(k=1), namespace)
     told = []
     config = RunFolder(pretrained(tmp_path, model=TINY)).config()
-    said = dict(cache=tmp_path / "cache", progress=False, router=namespace["route"], tell=told.append)
+    said: dict[str, Any] = dict(cache=tmp_path / "cache", progress=False, router=namespace["route"], tell=told.append)
     train(config, tmp_path / "other", **said)
     assert len(told) == 1
     assert "cannot be read (nowhere has no file of it)" in told[0]

@@ -98,6 +98,7 @@ def reproduce(
     if name is None:
         raise typer.BadParameter("Give the name of a table or figure, such as table5; --list shows them all")
     experiment = find(name, part)
+    from usmoe.cli.routers import saved_with
     from usmoe.cli.train import keep_memory
     from usmoe.reproduce.kind import Asked, kind_of
     from usmoe.reproduce.saved import load, markdown, place_of, save
@@ -123,6 +124,8 @@ def reproduce(
         steps=steps,
     )
     plan = kind.plan(experiment, asked)
+    if model is not None:
+        saved_with(model, offline, "the experiment has routers of its own, and own is the model's own choice")
     path = place_of(plan, experiment.path(results, scale), anew=force)
     result = load(path) if path.exists() and not force else None
     if result is not None:

@@ -69,7 +69,10 @@ def _as_data(router: Any) -> dict[str, Any]:
 def take_cuts(data: Any, routers: Mapping[str, Any], cuts: Mapping[str, MovingCut]) -> None:
     """Give the layers what `as_data` wrote of their cuts, where they route by the router that tracked them. Warns where
     code of the user's own is not the one that the model was saved with."""
-    saved = data.get("routers", {}) if isinstance(data, Mapping) else {}
+    if not isinstance(data, Mapping) or data.get("schema") not in range(1, SCHEMA + 1):
+        return
+    saved = data.get("routers")
+    saved, tracked = (one if isinstance(one, Mapping) else {} for one in (saved, data.get("cuts")))
     for name, router in routers.items():
         before = saved.get(name)
         if not isinstance(before, Mapping) or before.get("own") != _as_data(router).get("own"):
@@ -82,7 +85,7 @@ def take_cuts(data: Any, routers: Mapping[str, Any], cuts: Mapping[str, MovingCu
                 stacklevel=3,
             )
             return
-        cut = data.get("cuts", {}).get(name)
+        cut = tracked.get(name)
         if cut is not None and (not isinstance(router, Router) or dict(before) == _as_data(router)):
             _restore(cuts[name], cut, router, name)
 
