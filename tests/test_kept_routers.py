@@ -3,6 +3,7 @@
 import json
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def test_they_are_seen_through_what_wraps_a_model_and_from_a_part_of_it():
 
     model = usmoe.patch(tiny(), [ONE, OTHER])
     said = usmoe.routers(model)
-    assert usmoe.routers(torch.compile(model, backend="eager")) == said
+    compiled: Any = torch.compile(model, backend="eager")
+    assert usmoe.routers(compiled) == said
     assert usmoe.routers(torch.nn.DataParallel(model)) == said
     assert usmoe.routers(model.model) == {name.removeprefix("model."): router for name, router in said.items()}
     assert usmoe.routers(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == said
@@ -60,7 +62,7 @@ def test_they_are_seen_through_what_wraps_a_model_and_from_a_part_of_it():
         usmoe.routers(torch.nn.Linear(2, 2))
 
 
-def trained(model):
+def trained(model: Any) -> Any:
     """A model whose layers have tracked cuts of three batches."""
     model.train()
     for seed in range(3):
@@ -113,13 +115,13 @@ def test_damaged_cuts_are_refused_in_a_sentence(tmp_path):
         usmoe.from_pretrained(tmp_path)
 
 
-def base(tmp_path):
+def base(tmp_path) -> Any:
     """A folder of the plain model that adapters name."""
     tiny().save_pretrained(tmp_path / "base")
     return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
 
-def adapted(model):
+def adapted(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
