@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from usmoe.evaluate.run import Score
-from usmoe.reproduce.experiment import EXPERIMENTS
+from usmoe.reproduce.embeddings.study import STUDIES, one_run
+from usmoe.reproduce.experiment import EXPERIMENTS, Experiment
 from usmoe.reproduce.saved import load, markdown
 from usmoe.reproduce.view import as_markdown
 from usmoe.reproduce.views import embedding_views
@@ -44,8 +45,21 @@ def main() -> None:
     for experiment in EXPERIMENTS.values():
         path = experiment.path(ROOT / "results", "small")
         if experiment.kind == "embeddings" and path.is_file():
-            parts.append(markdown(load(path)))
+            first = EXPERIMENTS[one_run(experiment.name)[0]]
+            parts.append(_again(experiment, first) if first is not experiment else markdown(load(path)))
     (ROOT / "docs/embedding-results.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _again(experiment: Experiment, first: Experiment) -> str:
+    """A line for an experiment whose run is that of another, which stands above."""
+    own, shown = (load(one.path(ROOT / "results", "small")) for one in (experiment, first))
+    if own.scores != shown.scores:
+        raise ValueError(f"{experiment.name} and {first.name} are one run at small scale, and their results differ.")
+    paper = ", ".join(one.paper for one in STUDIES[experiment.name].models)
+    return (
+        f"## {experiment.name}, small scale: the run of {first.name}\n\nThe model is the same, so that our figures are "
+        f"those of {first.name}; `usmoe reproduce {experiment.name} --show` has the paper's of {paper} beside them.\n"
+    )
 
 
 _SHIPPED = (

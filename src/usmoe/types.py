@@ -167,5 +167,13 @@ def looks_at_one_token(router: Any) -> bool:
 
 def promises_of(router: Any) -> Promises:
     """The promises that a router carries; none at all for a callable that carries none."""
-    promises = getattr(router, "promises", None)
-    return promises if isinstance(promises, Promises) else LOOK_AHEAD
+    return router.promises if makes_promises(router) else LOOK_AHEAD
+
+
+def makes_promises(router: Any) -> bool:
+    """Whether a router says what it guarantees. One that does not counts as one that looks ahead, and may be none."""
+    return isinstance(getattr(router, "promises", None), Promises)
+
+
+SAY_SO = "If it does keep to that, say so: fn.promises = usmoe.Promises(causal=True, ...)."
+"""What to do about a router that makes no promises."""

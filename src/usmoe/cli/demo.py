@@ -14,6 +14,7 @@ from usmoe.cli.options import AsJson, Debug, Device, Dtype, Force, Model, Offlin
 
 
 def demo(
+    context: typer.Context,
     model: Model = None,
     text: Text = None,
     tokens: Annotated[int, typer.Option(help="Tokens to measure on, at most.", min=32)] = 16384,
@@ -22,7 +23,7 @@ def demo(
         int, typer.Option(help="Positions at which the honest perplexity is taken; 0 leaves it out.", min=0)
     ] = 120,
     output: Annotated[
-        Path | None, typer.Option(help="PNG of the router maps; by default a new usmoe-demo.png here.")
+        Path | None, typer.Option(help="The router maps: .png, .svg or .pdf; without it a new usmoe-demo.png here.")
     ] = None,
     force: Force = False,
     seed: Seed = 0,
@@ -36,14 +37,15 @@ def demo(
 
     Example: usmoe demo --model allenai/OLMoE-1B-7B-0924 --dtype bfloat16 --text book.txt
     """
-    target = options.output_path(output, force)
-    if target is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--output needs matplotlib for the picture. Install it: pip install 'usmoe[viz]'.")
+    options.refuse_unread(context, (output is None, ("force",), "for the file of --output, which is not given"))
+    target = options.picture_path(output, force, "--output")
+    if output is None and importlib.util.find_spec("matplotlib") is not None:
+        target = options.picture_path(options.fresh_path("usmoe-demo.png"), False, "--output")
     import torch
 
     from usmoe.cli.measure import measure
     from usmoe.cli.routers import load_beside, saved_contender
-    from usmoe.cli.table import print_rows
+    from usmoe.cli.table import print_rows, rounding
     from usmoe.cli.tokens import corpus
     from usmoe.hf.compare import contenders, settled
     from usmoe.hf.patch import supported_layers
@@ -58,7 +60,11 @@ def demo(
     entries = settled(loaded, contenders(host.k), data.calibration)
     entries[1:1] = saved_contender(loaded)
     rows = measure(loaded, data, entries, positions, seed)
-    picture = _picture(loaded, tokenizer, data, entries, target)
+    picture, unwritten = None, None
+    try:
+        picture = _picture(loaded, tokenizer, data, entries, target)
+    except OSError as error:  # the figures took minutes: they are shown all the same
+        unwritten = error
     about = {
         "model": "novelist (ships with usmoe)" if model in (None, "shipped") else model,
         "text": data.source,
@@ -67,6 +73,8 @@ def demo(
         "layers": len(layers),
         "experts": layers[0].num_experts,
         "experts_per_token": host.k,
+        "dtype": dtype,
+        "rounding": rounding(rows, dtype),
         "seed": seed,
         "picture": None if picture is None else str(picture),
     }
@@ -77,11 +85,17 @@ def demo(
             f"{about['model']}: {len(layers)} MoE layers of {layers[0].num_experts} experts, {host.k} a token. "
             f"Text: {data.source}; {data.tokens.numel():,} tokens in sequences of {data.tokens.shape[1]}."
         )
-        print_rows(heading, rows, "" if picture is None else f"Router maps: {picture}")
+        print_rows(heading, rows, dtype, "" if picture is None else f"Router maps: {picture}")
+    if unwritten is not None:
+        raise unwritten
 
 
 def _picture(model: Any, tokenizer: Any, data: Any, entries: Any, target: Path | None) -> Path | None:
-    """Write the router maps of the first words of the text; say on stderr where that is not possible."""
+    """Write the router maps of the first words of the text; without a target, which nothing here can draw, say so on
+    stderr."""
+    if target is None:
+        sys.stderr.write("No picture: it needs matplotlib. Install it: pip install 'usmoe[viz]'.\n")
+        return None
     import torch
 
     from usmoe.hf.patch import patched
@@ -96,10 +110,5 @@ def _picture(model: Any, tokenizer: Any, data: Any, entries: Any, target: Path |
             model(input_ids=data.tokens[:1].to(model.device), use_cache=False)
         said[entry.title] = dict(list(trace.last.items())[:8])
     words = [tokenizer.decode([token]) for token in data.tokens[0, :24].tolist()]
-    path = options.fresh_path("usmoe-demo.png") if target is None else target
-    try:
-        router_maps(path, said, words)
-    except ImportError:
-        sys.stderr.write("No picture: it needs matplotlib. Install it: pip install 'usmoe[viz]'.\n")
-        return None
-    return path
+    router_maps(target, said, words)
+    return target

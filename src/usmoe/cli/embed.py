@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def embed(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help='A folder, a saved encoder\'s too; a hub id; or "shipped".')],
     texts: Annotated[str, typer.Argument(help="UTF-8, a text a line; .jsonl; .parquet; or - for lines from stdin.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write: .npy, .parquet or .jsonl.")],
@@ -66,6 +67,13 @@ def embed(
     from usmoe.embed.stream import embed_file
     from usmoe.embed.writers import writer_of
 
+    if not _is_saved(model):
+        from usmoe.embed.settings import unread
+
+        of_what = embedding or "hidden"
+        combined = f" and --moee {moee or 'concat'}" if of_what == "moee" else ""
+        without = unread(of_what, moee or "concat")
+        options.refuse_unread(context, (True, without, f"not read under --embedding {of_what}{combined}"))
     target = options.output_path(output, force)
     assert target is not None
     writer_of(target)
@@ -85,7 +93,12 @@ def embed(
     }
     encoder = _encoder(model, {"router": router, "dtype": dtype}, given, device, offline)
     if not encoder.text_alone:
-        _warn("under this router, a vector depends on the other texts of its batch, too.")
+        from usmoe.types import SAY_SO, makes_promises
+
+        if all(map(makes_promises, encoder.routers.values())):
+            _warn("under this router, a vector depends on the other texts of its batch, too.")
+        else:
+            _warn(f"this router does not promise that a vector depends on its text alone. {SAY_SO}")
     try:
         written = embed_file(
             encoder,
@@ -119,12 +132,17 @@ def _encoder(model: str, over: dict[str, Any], given: dict[str, Any], device: st
     saved = saved_with(model, offline, "this is under them" if choice is None else f"this is under {router}")
     refuse_none_saved(router, saved, model)
     over |= {} if choice is None else {"router": choice}
-    if not (Path(model) / "usmoe_encoder.json").is_file():
+    if not _is_saved(model):
         return Encoder(model, device=device, offline=offline, **over, **given)
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{model} is a saved encoder, whose settings are its own. Leave out {flags}.")
     return Encoder.load(model, device=device, **over)
+
+
+def _is_saved(model: str) -> bool:
+    """Whether a folder holds an encoder that was saved."""
+    return (Path(model) / "usmoe_encoder.json").is_file()
 
 
 def _as_layer(text: str) -> int | str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ import typer
 from usmoe.cli import options
 from usmoe.cli.options import AsJson, Debug, Device, Dtype, Offline, Seed
 from usmoe.cli.views import print_view
+from usmoe.report.whole import whole_text
 
 if TYPE_CHECKING:
     from usmoe.evaluate.language import TaskScore
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from usmoe.reproduce.view import View
 
 _OF_RUNS = ("text", "split", "positions", "serve_k", "tokens", "segment", "memory", "edited", "cache")
-_NOT_OF_RUNS = (
-    *("tasks", "embeddings", "prompts", "pooling", "moee", "w", "router_features", "instructions", "standardize"),
-    *("max_length", "lm_eval", "scoring", "limit", "fewshot", "include", "results", "quantize", "batch_size"),
-)
+_OF_EMBEDDINGS = ("embeddings", "prompts", "pooling", "moee", "w", "router_features", "instructions", "standardize")
+_OF_EMBEDDINGS += ("max_length",)
+_OF_LANGUAGE = ("scoring", "limit", "fewshot", "include")
+_NOT_OF_RUNS = ("tasks", *_OF_EMBEDDINGS, "lm_eval", *_OF_LANGUAGE, "results", "quantize", "batch_size")
 
 
 def evaluate(
@@ -121,32 +122,45 @@ def evaluate(
     from usmoe.cli.likelihood import is_run
 
     if is_run(Path(model)):
-        _refuse(context, _NOT_OF_RUNS, f"of mteb and lm-eval, and {model} is a run")
-        if text is not None:
-            _refuse(context, ("split",), "of the run's own corpus, and --text is another")
-        if text is not None and serve_k is None:
-            _refuse(context, ("data", "cache"), "of the run's own corpus, of which --text reads nothing")
+        own = "of the run's own corpus"
+        options.refuse_unread(
+            context,
+            (True, _NOT_OF_RUNS, f"of mteb and lm-eval, and {model} is a run"),
+            (text is not None, ("split",), f"{own}, and --text is another"),
+            (text is not None and serve_k is None, ("data", "cache"), f"{own}, of which --text reads nothing"),
+            (markdown is None, ("force",), "for the file of --markdown, which is not given"),
+        )
         page = options.output_path(markdown, force, "--markdown")
         said = dict(text=text, split=split, positions=positions, k=serve_k, tokens=tokens, segment=segment)
         said |= dict(edited=edited, memory=memory, routers=options.listed(routers), data=data, cache=cache)
         _of_run(Path(model), page, as_json, said | dict(seed=seed, device=device, dtype=dtype, offline=offline))
         return
     named, language = options.listed(tasks or ()), options.listed(lm_eval or ())
-    _refuse(context, _OF_RUNS, f"of runs, and {model} is none")
+    options.refuse_unread(context, (True, _OF_RUNS, f"of runs, and {model} is none"))
     if not named and not language:
         raise typer.BadParameter(
             "Give --tasks, such as STS12 or paper, or --lm-eval, such as arc_challenge; or the folder of a run"
         )
-    if not language and (scoring, limit, fewshot, include) != ("honest", None, 0, None):
-        raise typer.BadParameter("--scoring, --limit, --fewshot and --include belong to --lm-eval, which is not given")
-    of_embeddings = (embeddings, prompts, pooling, moee, w, router_features, instructions, standardize, max_length)
-    if not named and of_embeddings != (["hidden"], ["none"], "last", "concat", 1.0, "logits", False, None, None):
-        raise typer.BadParameter("Options of embeddings belong to --tasks, which is not given")
     from usmoe.cli.routers import saved_with
+    from usmoe.embed.settings import unread
+
+    kinds = options.listed(embeddings)
+    nowhere = set.intersection(*(set(unread(one, moee)) for one in kinds)) if kinds else set()
+    options.refuse_unread(
+        context,
+        (
+            not language,
+            _OF_LANGUAGE,
+            "not read: --scoring, --limit, --fewshot and --include belong to --lm-eval, which is not given",
+        ),
+        (not named, _OF_EMBEDDINGS, "not read: Options of embeddings belong to --tasks, which is not given"),
+        (True, sorted(nowhere - {"layers"}), f"not read under --embeddings {','.join(kinds)} and --moee {moee}"),
+    )
     from usmoe.reproduce import views
     from usmoe.reproduce.view import as_markdown
 
     page = options.output_path(markdown, force, "--markdown")
+    options.work_folder(results, "--results")
     if data is not None and not data.is_dir():
         raise ValueError(f"There is no folder {data}. Give one with local data sets, or leave --data out for the hub.")
     if offline:  # read where these libraries are imported, below
@@ -185,7 +199,7 @@ def evaluate(
             model,
             language,
             routers,
-            options=dict(scoring=scoring, limit=limit, num_fewshot=fewshot, include=include),
+            options=dict(scoring=scoring, limit=limit, num_fewshot=fewshot, include=include, anew=force),
             quantize=quantize,
             **shared,
         )
@@ -199,15 +213,7 @@ def evaluate(
                 print_view(view)
     finally:
         if page is not None:
-            page.write_text("\n".join(map(as_markdown, shown)), encoding="utf-8")
-
-
-def _refuse(context: typer.Context, names: Collection[str], why: str) -> None:
-    """Refuse what was typed and would not be read, by its flags."""
-    typed = [f"--{name.replace('_', '-')}" for name in names if options.was_typed(context, name)]
-    if typed:
-        verb, them = ("is", "it") if len(typed) == 1 else ("are", "them")
-        raise typer.BadParameter(f"{', '.join(typed)} {verb} {why}. Leave {them} out")
+            whole_text("\n".join(map(as_markdown, shown)), page)
 
 
 def _of_run(folder: Path, page: Path | None, as_json: bool, said: dict[str, Any]) -> None:
@@ -217,12 +223,14 @@ def _of_run(folder: Path, page: Path | None, as_json: bool, said: dict[str, Any]
 
     figures = figures_of_run(folder, **said)
     view = view_of(figures, folder, said["dtype"])
-    if page is not None:
-        page.write_text(as_markdown(view), encoding="utf-8")
-    if as_json:
-        options.write_json(figures.to_dict() | {"dtype": said["dtype"]})
-    else:
-        print_view(view)
+    try:  # what took minutes is shown, whatever becomes of the file; a pipe that was closed costs no file
+        if as_json:
+            options.write_json(figures.to_dict() | {"dtype": said["dtype"]})
+        else:
+            print_view(view)
+    finally:
+        if page is not None:
+            whole_text(as_markdown(view), page)
 
 
 def _tell(score: Score) -> None:
@@ -234,7 +242,7 @@ def _warn(routers: Sequence[str], saved: Mapping[str, str]) -> None:
     from usmoe.evaluate.run import router_of
     from usmoe.hf.saved import CODE
     from usmoe.routing.text import parse_router
-    from usmoe.types import promises_of
+    from usmoe.types import SAY_SO, makes_promises, promises_of
 
     for text in routers:
         router = router_of(text, bool(saved))
@@ -242,9 +250,10 @@ def _warn(routers: Sequence[str], saved: Mapping[str, str]) -> None:
             router = {name: parse_router(one) for name, one in saved.items() if not one.endswith(CODE)}
         several = list(router.values()) if isinstance(router, dict) else [] if router is None else [router]
         if not all(promises_of(one).batch_independent and promises_of(one).padding_independent for one in several):
-            sys.stderr.write(
-                f"Under {text} a vector depends on who is in its batch, so scores depend on --batch-size.\n"
-            )
+            said = f"Under {text} a vector depends on who is in its batch, so scores depend on --batch-size."
+            if not all(map(makes_promises, several)):
+                said = f"{text} does not promise that a vector depends on its text alone. {SAY_SO}"
+            sys.stderr.write(f"{said}\n")
 
 
 def _language(

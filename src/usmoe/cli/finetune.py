@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def finetune(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="The folder of a run of usmoe train.")],
     texts: Annotated[
         str,
@@ -89,6 +90,9 @@ def finetune(
         raise typer.BadParameter("--resume goes on with a run. Say which: --run FOLDER")
     if resume and force:
         raise typer.BadParameter("--resume goes on with a run, and --force begins anew. Give one of them")
+    options.refuse_unread(
+        context, (from_scratch, ("which",), "of the checkpoint's parameters, and --from-scratch has fresh ones")
+    )
     if offline:  # read where these libraries are imported, below
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     from usmoe.train.finetune import finetune as go
@@ -121,6 +125,7 @@ def finetune(
     shared: dict[str, Any] = dict(checkpoint=checkpoint, which=which, data=data, offline=offline, device=device)
     shared["tell"] = options.tell
     _refuse_another_kind(folder, seeds)
+    options.work_folder(folder, "--run")
     places = {number: folder if seeds == 1 else folder / f"seed-{number}" for number in range(seed, seed + seeds)}
     for place in places.values():  # before the first is trained
         refuse_what_is_there(place, going_on=resume or force)
@@ -237,5 +242,7 @@ def _sentences(one: Scored) -> list[str]:
         share = f"{100 * one.unknown:.1f} %" if one.unknown >= 0.001 else "Less than 0.1 %"
         said.append(f"{share} of the test's tokens are unknown to the checkpoint's vocabulary; all of them read alike.")
     if not one.alone:
-        said.append("Under this router a text's class depends on the texts beside it in a batch.")
+        said.append(
+            "This router does not promise that a text's class depends on it alone, and not on others in a batch."
+        )
     return said

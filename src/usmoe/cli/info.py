@@ -19,6 +19,7 @@ _OPTIONAL = ("transformers", "tokenizers", "safetensors", "accelerate", "peft", 
 
 
 def info(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help='A folder, a hub id, or "shipped"; without it usmoe itself.')
     ] = None,
@@ -33,6 +34,7 @@ def info(
 
     Example: usmoe info allenai/OLMoE-1B-7B-0924
     """
+    options.refuse_unread(context, (model is None, ("dtype", "device"), "of a model, and none is given"))
     said = _of_usmoe() if model is None else _of_model(model, seed, dtype, device, offline)
     if as_json:
         options.write_json(said)

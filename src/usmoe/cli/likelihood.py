@@ -262,6 +262,8 @@ def view_of(figures: Figures, folder: Path, dtype: str = "float32") -> View:
     sampled = max(one.positions for one in (figures.honest, *(read.honest for read in figures.under.values())))
     if sampled:
         says.append(f"Honest: each token from those before it alone, {sampled} positions.")
+        if dtype != "float32":
+            says.append(f"{dtype} rounds, which alone moves the honest figure: read it in float32 to see by how much.")
     if figures.routers and not figures.honest.positions:
         says.append("The router looks neither ahead nor across the batch: teacher-forced is honest.")
     says += [f"Not served by {name}: {why}" for name, why in figures.unserved.items()]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import importlib.util
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from usmoe.report.whole import refuse_format, refuse_unwritable
 
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")]
@@ -80,7 +83,7 @@ class _Stdin:
 
 def output_path(path: Path | None, force: bool, flag: str = "--output") -> Path | None:
     """The path that an option (`flag`) gives, once it is known that it can be written: asked before the work, not after
-    it."""
+    it. What is there already is overwritten with `force` alone."""
     if path is None:
         return None
     if path.is_dir():
@@ -89,27 +92,66 @@ def output_path(path: Path | None, force: bool, flag: str = "--output") -> Path 
         raise ValueError(f"{path} is no regular file. Give the name of one, or leave {flag} out.")
     if path.exists() and not force:
         raise ValueError(f"{path} is already there. Give --force to overwrite it, or another {flag}.")
-    if not path.parent.is_dir():
+    target = path.resolve()  # what a link points to, not the link
+    if not target.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
-    return path.resolve()  # what a link points to, not the link
+    refuse_unwritable(target, f"another {flag}")
+    return target
 
 
-def output_folder(path: Path | None, force: bool) -> Path | None:
-    """The folder, once it is known that nothing in it would be overwritten."""
+def picture_path(path: Path | None, force: bool, flag: str = "--plot") -> Path | None:
+    """As `output_path`, for a picture: what its name ends in can be drawn, and there is what draws it."""
+    target = output_path(path, force, flag)
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{flag} needs matplotlib for the picture. Install it: pip install 'usmoe[viz]'.")
+    if path is not None:
+        refuse_format(path)
+    return target
+
+
+def output_folder(path: Path | None, force: bool, flag: str = "--save") -> Path | None:
+    """The folder, once it is known that it can be written and that nothing in it would be overwritten."""
     if path is None:
         return None
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file. Give the name of a folder.")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise ValueError(f"{path} is not empty. Give --force to overwrite what is there, or another folder.")
-    if not path.parent.is_dir() or not os.access(path if path.is_dir() else path.parent, os.W_OK):
-        raise ValueError(f"{path} cannot be made or written. Give a folder where you may write.")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to make {path.name} in. Make it first.")
+    return work_folder(path, flag)
+
+
+def work_folder(path: Path, flag: str) -> Path:
+    """The folder in which work is kept while it goes on, once it is known that it is there, or can be made, and can be
+    written into."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, and {flag} is a folder. Give another {flag}.")
+    refuse_unwritable(path, f"another {flag}")
     return path
 
 
 def was_typed(context: typer.Context, name: str) -> bool:
     """Whether an option was given, be it at its default."""
     return getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
+
+
+def refuse_unread(context: typer.Context, *rules: tuple[bool, Collection[str], str]) -> None:
+    """Refuse, in one sentence, what was typed and is not read where it stands, be it at its default.
+
+    rules  (whether that is so, names of parameters, why: "of runs, and shipped is none")
+
+    --seed and --offline are never among them: nothing that is drawn or fetched is a promise that holds.
+    """
+    flags = {one.name: max(one.opts, key=len) if one.opts else "" for one in context.command.params}
+    for unread, names, why in rules:
+        called = {name: flags[name] for name in names}  # also of a rule that does not apply: a wrong name is found
+        typed = [
+            flag if flag.startswith("-") else flag.upper() for name, flag in called.items() if was_typed(context, name)
+        ]
+        if unread and typed:
+            verb, them = ("is", "it") if len(typed) == 1 else ("are", "them")
+            raise typer.BadParameter(f"{', '.join(typed)} {verb} {why}. Leave {them} out")
 
 
 def listed(given: Sequence[str]) -> list[str]:

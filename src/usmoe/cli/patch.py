@@ -13,6 +13,7 @@ from usmoe.cli.options import AsJson, Debug, Device, Dtype, Force, Offline, Seed
 
 
 def patch(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help='A folder, a hub id, or "shipped".')],
     router: Annotated[
         str | None,
@@ -53,7 +54,7 @@ def patch(
     from usmoe.cli.info import print_layers
     from usmoe.cli.measure import measure
     from usmoe.cli.routers import chosen, load_beside, refuse_none_saved, save_model, saved_contender, saved_with
-    from usmoe.cli.table import print_rows
+    from usmoe.cli.table import print_rows, rounding
     from usmoe.cli.tokens import corpus
     from usmoe.hf.compare import Contender, settled
     from usmoe.hf.load import load_model
@@ -62,9 +63,13 @@ def patch(
     from usmoe.hf.supported import supported
     from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 
+    measuring = ("router", "calibrated", "save", "force", "text", "tokens", "length", "positions")
+    options.refuse_unread(
+        context,
+        (check, measuring, "for a model that is patched, and --check only looks"),
+        (save is None, ("force",), "for the folder of --save, which is not given"),
+    )
     if check:
-        if router is not None or save is not None:
-            raise typer.BadParameter("--check only looks: leave --router and --save out")
         saved = saved_with(model, offline, "usmoe runs it under them unless --router says otherwise")
         loaded = load_model(model, router={}, dtype=dtype, device=device, offline=offline)
         print_layers(model, supported(loaded), saved, as_json)
@@ -98,13 +103,15 @@ def patch(
         "layers": [
             {"layer": layer.name, "experts": layer.num_experts, "own_choice": str(layer.host)} for layer in layers
         ],
+        "dtype": dtype,
+        "rounding": rounding(rows, dtype),
         "seed": seed,
     }
     try:
         if as_json:
             options.write_json(about | {"rows": [row.to_dict() for row in rows]})
         else:
-            print_rows(f"{model}: {len(layers)} MoE layers, all patched. Text: {data.source}.", rows)
+            print_rows(f"{model}: {len(layers)} MoE layers, all patched. Text: {data.source}.", rows, dtype)
     finally:  # also where stdout was closed
         if folder is not None:
             save_model(patch_model(loaded, entries[-1].router), tokenizer, folder)

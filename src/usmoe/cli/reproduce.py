@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -13,13 +13,29 @@ from tqdm import tqdm
 from usmoe.cli import options
 from usmoe.cli.options import AsJson, Debug, Device, Offline, Seed
 from usmoe.cli.views import print_view
+from usmoe.report.whole import whole_text
 from usmoe.reproduce.experiment import EXPERIMENTS, Scale, find
+from usmoe.reproduce.saved import committed, markdown
+
+if TYPE_CHECKING:
+    from usmoe.reproduce.kind import Kind
+
+_OF_RUNS = ("model", "data", "tasks", "batch_size", "rows", "corpora", "routers", "seeds", "steps", "seed", "device")
+_OF_RUNS += ("dtype", "offline")
+_OF_FILES = ("plot", "markdown_path")
 
 
 def reproduce(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="table1 to table16, figure1 to figure12.")] = None,
     listed: Annotated[
         bool, typer.Option("--list", help="A line for each: at which scales it has been run, or not built yet.")
+    ] = False,
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--show", help="Run nothing: print what lies in --results, or else the result that comes with usmoe."
+        ),
     ] = False,
     scale: Annotated[
         Scale, typer.Option(help="small: what two cores can do, on what lies in --data. paper: the paper's own models.")
@@ -66,7 +82,7 @@ def reproduce(
     steps: Annotated[
         int | None, typer.Option(help="Of training: optimizer steps in place of the scale's.", min=1)
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a PNG, of a figure.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a figure: .png, .svg or .pdf.")] = None,
     markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write the comparison as Markdown.")] = None,
     force: Annotated[
         bool,
@@ -92,6 +108,15 @@ def reproduce(
     Examples: usmoe reproduce --list; usmoe reproduce table5 --data DIR; usmoe reproduce table7 --scale paper;
     usmoe reproduce table14 --data DIR --corpus novels --row usmoe --router "usmoe(k=2, alpha=0.3)"
     """
+    options.refuse_unread(
+        context,
+        (
+            listed,
+            ("name", "show", "scale", "part", *_OF_RUNS, *_OF_FILES, "force"),
+            "of one experiment, and --list is of all",
+        ),
+        (show, _OF_RUNS, "of a run, and --show runs nothing"),
+    )
     if listed:
         _list(results, as_json)
         return
@@ -101,13 +126,23 @@ def reproduce(
     from usmoe.cli.routers import saved_with
     from usmoe.cli.train import keep_memory
     from usmoe.reproduce.kind import Asked, kind_of
-    from usmoe.reproduce.saved import load, markdown, place_of, save
+    from usmoe.reproduce.saved import load, place_of, save, there
 
     kind = kind_of(experiment)
     if plot is not None:
         kind.refuse_picture(experiment)
-    picture = options.output_path(plot, force, "--plot")
+    picture = options.picture_path(plot, force)
     page = options.output_path(markdown_path, force, "--markdown")
+    if show:
+        shown = there(experiment, scale, results)
+        if shown is None:
+            raise ValueError(
+                f"{experiment.name} has not been run at {scale} scale: there is no result in {results}, and none comes "
+                "with usmoe. Leave --show out to run it."
+            )
+        _print(kind, load(shown), f"Shown from {shown}.", as_json, picture, page)
+        return
+    options.work_folder(results, "--results")
     asked = Asked(
         scale=scale,
         data=data,
@@ -137,19 +172,28 @@ def reproduce(
             keep_memory()
         with tqdm(total=plan.parts, file=sys.stderr, disable=None, unit=kind.UNIT, desc=experiment.name) as bar:
             result = kind.run(plan, results, offline=offline, anew=force, done=lambda word: _tick(bar, word))
-        save(result, path)
+        try:
+            save(result, path)
+        except OSError:  # a full disk costs a file, not the figures
+            _print(kind, result, f"Not saved: {path}", as_json, None, None)
+            raise
+    _print(kind, result, f"Saved: {path}", as_json, picture, page)
+
+
+def _print(kind: Kind, result: Any, where: str, as_json: bool, picture: Path | None, page: Path | None) -> None:
+    """Print a result, and write its picture and its page where they are asked for."""
     try:  # a pipe that was closed costs no file
         if as_json:
             options.write_json(result.to_dict())
         else:
             for view in kind.views(result, wide=False):
                 print_view(view)
-            options.console().print(f"Saved: {path}", highlight=False, markup=False)
+            options.console().print(where, highlight=False, markup=False)
     finally:
         if picture is not None:
             kind.plot(result, picture)
         if page is not None:
-            page.write_text(markdown(result), encoding="utf-8")
+            whole_text(markdown(result), page)
 
 
 def _tick(bar: tqdm, word: str) -> None:
@@ -159,7 +203,9 @@ def _tick(bar: tqdm, word: str) -> None:
 
 def _list(results: Path, as_json: bool) -> None:
     """One line an experiment, beginning with its name as typed."""
-    folders = [folder for folder in (_own_results(), results) if folder is not None]
+    from usmoe.reproduce.embeddings.study import one_run
+
+    folders = [folder for folder in (committed(), results) if folder is not None]
     run = {name: one.scales_run(folders) for name, one in EXPERIMENTS.items()}
     others = {name: one.with_options(folders) for name, one in EXPERIMENTS.items()}
     if as_json:
@@ -171,15 +217,9 @@ def _list(results: Path, as_json: bool) -> None:
         )
         return
     for name, one in EXPERIMENTS.items():
+        first = one_run(name)[0] if one.kind == "embeddings" else name
         status = "not built yet" if not one.built else f"run: {', '.join(run[name])}" if run[name] else "not run yet"
         later = "" if one.built else f" (comes with {one.waits_for})"
         later += f" ({others[name]} with options)" if others[name] else ""
+        later += f" (small: the run of {first})" if first != name and "small" in run[name] else ""
         sys.stdout.write(f"{name:<17}  {status:<17}  {one.title}{later}\n")
-
-
-def _own_results() -> Path | None:
-    """The project's results folder, where usmoe runs from a checkout."""
-    import usmoe
-
-    root = Path(usmoe.__file__).parents[2]
-    return root / "results" if (root / "pyproject.toml").is_file() else None

@@ -14,6 +14,7 @@ from usmoe.models import SAMPLE
 
 
 def route(
+    context: typer.Context,
     file: Annotated[
         str | None,
         typer.Argument(
@@ -44,6 +45,9 @@ def route(
 
     torch.manual_seed(seed)
     if file is not None and file.endswith(".npy"):
+        options.refuse_unread(
+            context, (True, ("model", "tokens", "dtype", "device"), f"of a model and its text, and {file} is logits")
+        )
         words, said = _of_logits(Path(file), router)
     else:
         words, said = _of_text(file, router, model, tokens, dtype, device, offline)

@@ -77,13 +77,16 @@ def saved_contender(loaded: Any) -> list[Any]:
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model and its tokenizer, whole or not at all; files of the same names in the folder are replaced."""
+    from usmoe.report.whole import said_plainly
+
     part = folder.with_name(f".{folder.name}.part")
     try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        folder.mkdir(exist_ok=True)
-        for file in part.iterdir():
-            file.replace(folder / file.name)
+        with said_plainly(folder):
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            folder.mkdir(exist_ok=True)
+            for file in part.iterdir():
+                file.replace(folder / file.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

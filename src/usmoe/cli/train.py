@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,6 +106,7 @@ def train(
         data = None  # a folder of texts, which is the source itself
     if corrupt_mode is None and (corrupt_rate is not None or corrupt_splits):
         raise typer.BadParameter("--corrupt-rate and --corrupt-splits belong to --corrupt-mode, which is not given")
+    asked = chosen
     chosen = _changed(
         chosen,
         method=method,
@@ -120,17 +122,25 @@ def train(
         changes=change or (),
         sized=minutes is not None,
     )
+    if config is not None and Path(config).suffix in (".toml", ".json"):
+        named = {one.partition("=")[0].strip() for one in change or ()}
+        _refuse_discarded(Path(config), asked, chosen, named, method, model)
+    folder = run or _fresh(chosen)
+    if not show:  # what cannot be written is said before the work, not after it
+        options.work_folder(folder, "--run")
+        if export is not None:
+            options.output_folder(export, False, "--export")
+    if not show or minutes is not None:
+        options.work_folder(cache, "--cache")
     if minutes is not None:
         chosen = _sized(chosen, minutes, data, cache, offline, device)
     if show:
         options.write_json(chosen.to_dict())
         return
-    folder = run or _fresh(chosen)
     if export is not None:
         from usmoe.train.export import refuse_what_is_no_olmoe
 
-        refuse_what_is_no_olmoe(chosen.model)  # asked before the work, not after it
-        options.output_folder(export, force=False)
+        refuse_what_is_no_olmoe(chosen.model)
     keep_memory()
     try:
         finished = go(
@@ -173,6 +183,38 @@ def _chosen(config: str | None, data: Path | None) -> TrainConfig:
     if Path(config).suffix in (".toml", ".json"):
         return read_config(Path(config))
     raise ValueError(f"There is no preset {config!r}. Known: {', '.join(PRESETS)}; or give a .toml or .json file.")
+
+
+def _refuse_discarded(
+    path: Path, before: TrainConfig, after: TrainConfig, named: Collection[str], method: str | None, model: str | None
+) -> None:
+    """Refuse --method and --model where a value that the file states would be lost to them without a word: not the
+    router of --method, which is what it is, and not what --set names."""
+    from usmoe.train.config import read_tables
+    from usmoe.train.methods import REPLACED
+
+    stated = read_tables(path)
+    inner = stated.get("model")
+    fields = {f"model.{name}" for name in inner} - {"model.like"} if isinstance(inner, Mapping) else set()
+    gone = [
+        (name, flag)
+        for name in [*(name for name in stated if name != "model"), *sorted(fields)]
+        for flag in [f"--method {method}" if name in REPLACED else f"--model {model}"]
+        if (method is not None if name in REPLACED else model is not None and name in fields)
+        and name not in named
+        and _at(before, name) != _at(after, name)
+    ]
+    if gone:
+        name, flag = gone[0]
+        raise ValueError(
+            f"{path} states {name} = {json.dumps(_at(before, name))}, and {flag} makes it "
+            f"{json.dumps(_at(after, name))}. Take it out of the file, or say which: --set {name}=VALUE."
+        )
+
+
+def _at(config: TrainConfig, name: str) -> Any:
+    """A field by its name, of the model behind a dot."""
+    return functools.reduce(getattr, name.split("."), config)
 
 
 CHOSEN = ("batch", "segment", "memory", "steps", "lr", "warmup", "evaluate_every", "checkpoint_every", "log_every")
@@ -291,7 +333,6 @@ def keep_memory() -> None:
 
 def _fresh(config: TrainConfig) -> Path:
     name = Path(config.corpus.source).name.split(".")[0] or "run"
-    Path("usmoe-runs").mkdir(exist_ok=True)
     return options.fresh_path(f"usmoe-runs/{name}")
 
 

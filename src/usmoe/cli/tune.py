@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def tune(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help='A folder, a hub id, or "shipped".')],
     budget: Annotated[
         list[str], typer.Option(help='Experts a token: a number, or "0.75x" of the model\'s own; may be given again.')
@@ -31,7 +32,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option(help="Write the routers of the last budget, as JSON for `usmoe patch --router`.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the frontier as a PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the frontier: .png, .svg or .pdf.")] = None,
     save: Annotated[
         Path | None, typer.Option(help="Write the model with the routers of the last budget into this folder.")
     ] = None,
@@ -60,7 +61,9 @@ def tune(
     from usmoe.hf.tune import trials
     from usmoe.routing import USMoE
 
-    targets = [options.output_path(path, force) for path in (output, plot)]
+    nowhere = output is None and plot is None and save is None
+    options.refuse_unread(context, (nowhere, ("force",), "for --output, --plot and --save, and none is given"))
+    targets = [options.output_path(output, force), options.picture_path(plot, force)]
     folder = options.output_folder(save, force)
     budgets = [USMoE(k=_as_budget(one)).k for one in budget]
     torch.manual_seed(seed)
@@ -83,17 +86,17 @@ def tune(
         if as_json:
             options.write_json(about | {"rows": [row.to_dict() for row in rows]})
         else:
-            _print(model, len(layers), data, rows, best)
+            _print(model, len(layers), data, rows, best, dtype)
     finally:
         _write(loaded, tokenizer, layers, rows, best, targets, folder, f"{model}: {data.source}")
 
 
-def _print(model: str, layers: int, data: Corpus, rows: Sequence[Row], best: list[USMoE]) -> None:
+def _print(model: str, layers: int, data: Corpus, rows: Sequence[Row], best: list[USMoE], dtype: str) -> None:
     from usmoe.cli.table import print_rows
 
     heading = f"{model}: {layers} MoE layers. Text: {data.source}; {data.tokens.numel():,} tokens."
     split = ", ".join(f"{router.k:.2f}" for router in best)
-    print_rows(heading, rows, f"tuned        experts a token by layer, last budget: {split}")
+    print_rows(heading, rows, dtype, f"tuned        experts a token by layer, last budget: {split}")
 
 
 def _as_budget(text: str) -> float | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -301,7 +301,7 @@ class Encoder:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._run = None
-        other.settings = replace(self.settings, **changes)
+        other.settings = self.settings.changed(**changes)
         if self.statistics is not None and not asked and other.settings.of_features != self.settings.of_features:
             raise ValueError(
                 f"The statistics of {self.statistics.name!r} are of other features than this variant has. Give "

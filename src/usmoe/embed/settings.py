@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from usmoe.embed.prompts import template_of
@@ -49,6 +49,17 @@ class EncoderSettings:
             raise ValueError(f"w={self.w!r} is no weight. Give a number, 0 or more.")
         if self.embedding == "hidden" and self.layers is not None:
             raise ValueError('layers names routers, which embedding="hidden" does not read. Leave it out.')
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in unread(self.embedding, self.moee):
+            if getattr(self, name) != defaults[name]:
+                under = f'embedding="{self.embedding}"' + (f', moee="{self.moee}"' if self.embedding == "moee" else "")
+                raise ValueError(f"{name}={getattr(self, name)!r} means nothing under {under}. Leave it out.")
+
+    def changed(self, **changes: Any) -> EncoderSettings:
+        """The same with some fields changed; what is read no more and is not named goes back to its default."""
+        said = {"embedding": self.embedding, "moee": self.moee, **changes}
+        defaults = {field.name: field.default for field in fields(self)}
+        return replace(self, **{name: defaults[name] for name in unread(said["embedding"], said["moee"])} | changes)
 
     @property
     def of_features(self) -> tuple[Any, ...]:
@@ -59,3 +70,12 @@ class EncoderSettings:
     def is_sum(self) -> bool:
         """Whether the embedding exists for the sake of a similarity alone."""
         return self.embedding == "moee" and self.moee == "sum"
+
+
+def unread(embedding: str, moee: str) -> tuple[str, ...]:
+    """The fields of EncoderSettings that nothing reads under an embedding and a way to combine."""
+    if embedding == "hidden":
+        return ("router_features", "layers", "moee", "w")
+    if embedding == "router":
+        return ("moee", "w")
+    return ("w",) if embedding == "moee" and moee == "concat" else ()

@@ -114,8 +114,9 @@ class LanguageModel(HFLM):
 
 def cannot_generate(what: str) -> str:
     return (
-        f"{what} cannot be scored honestly under a router that looks ahead: step by step it routes otherwise than over "
-        "a whole text. Use thresholds or pool=prefix, or ask for teacher-forced scoring."
+        f"{what} cannot be scored honestly under a router that looks ahead, or that does not promise to be causal: "
+        "step by step it routes otherwise than over a whole text. Use thresholds or pool=prefix, state the "
+        "promises of a router of your own (fn.promises), or ask for teacher-forced scoring."
     )
 
 

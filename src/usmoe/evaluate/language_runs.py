@@ -45,6 +45,7 @@ def compare_routers(
     num_fewshot: int | None = 0,
     seed: int = 0,
     progress: bool = True,
+    anew: bool = False,
     done: Callable[[str, list[TaskScore]], None] = lambda label, scores: None,
 ) -> dict[str, list[TaskScore]]:
     """{label: the scores of the model under that router}, as `language_tasks` gives them, task after task, and in each
@@ -55,6 +56,7 @@ def compare_routers(
                   for the same model, router, task, data and settings is read, not computed again
     model_digest  of the weights, and of all else that the scores depend on and the model does not say: its dtype, how
                   its experts are quantised. Needed with `results`
+    anew          compute also what is there
     done          called with a label and the scores of one task as they come
 
     The other arguments are those of `language_tasks`, and so is what is refused; also a router that cannot work in the
@@ -78,13 +80,17 @@ def compare_routers(
         for label, router in routers.items():
             key = _key(task, model_digest, scoring, limit, shots[task.name], seed) | {"routers": about[label]}
             place = _place(results, task, label, key) if results is not None and about[label] is not None else None
-            found = None if place is None else _read(place, key)
+            found = None if place is None or anew else _read(place, key)
             if found is None:
                 loaded = loaded or load_task(task, num_fewshot=num_fewshot, seed=seed, progress=progress)
                 with _under(model, router):
                     found = task_scores(scorer, task, loaded, limit=limit, seed=seed)
-                if place is not None:
-                    whole_json({"key": key, "scores": [one.to_dict() for one in found]}, place)
+                try:
+                    if place is not None:
+                        whole_json({"key": key, "scores": [one.to_dict() for one in found]}, place)
+                except OSError:  # a full disk costs a file, not the figures
+                    done(label, found)
+                    raise
             scores[label] += found
             done(label, found)
     return {label: found + group_scores(groups, found) for label, found in scores.items()}

@@ -232,8 +232,14 @@ def _run(
             co2_tracker=False,
         ).task_results[0]
         score = _score(task, setting, said, predictions, seed, time.monotonic() - began)
-        whole_json(score.to_dict(), place)
+        unwritten = None
+        try:
+            whole_json(score.to_dict(), place)
+        except OSError as error:  # a full disk costs a file, not the figure
+            unwritten = error
         yield score
+        if unwritten is not None:
+            raise unwritten
     task.unload_data()
 
 

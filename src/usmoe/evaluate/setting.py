@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
 from usmoe.embed.encoder import Combination, Embedding, EncoderSettings, RouterFeatures
+from usmoe.embed.settings import unread
 from usmoe.layers.pooling import Pooling
 
 
@@ -75,9 +77,16 @@ class Setting:
 
 
 def grid(routers: list[str], embeddings: list[str], prompts: list[str], **shared: Any) -> list[Setting]:
-    """Every router with every prompt and every embedding, those that share their forwards side by side."""
+    """Every router with every prompt and every embedding, those that share their forwards side by side. Of what is
+    shared, each embedding takes what it reads."""
     found = [
-        Setting(router=router, prompt=prompt, embedding=embedding, **shared)  # pyright: ignore[reportArgumentType]
+        Setting(router=router, prompt=prompt, embedding=embedding, **_read(embedding, shared))  # pyright: ignore[reportArgumentType]
         for router, prompt, embedding in product(routers, prompts, embeddings)
     ]
     return list(dict.fromkeys(found))
+
+
+def _read(embedding: str, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that an embedding reads."""
+    left_out = {"features" if name == "router_features" else name for name in unread(embedding, shared.get("moee", ""))}
+    return {name: value for name, value in shared.items() if name not in left_out}

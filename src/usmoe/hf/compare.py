@@ -21,7 +21,7 @@ from usmoe.hf.likelihood import honest, teacher_forced
 from usmoe.hf.patch import listening, patch_of, patched
 from usmoe.routing import ExpertChoice, OwnChoice, USMoE
 from usmoe.routing.router import experts_per_token
-from usmoe.types import RouterOutput, Routing, promises_of
+from usmoe.types import RouterOutput, Routing, makes_promises, promises_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,8 @@ class Row:
     """As text; one a layer where they differ."""
     causal: bool
     """Whether the router promises that no token depends on a later one."""
+    unpromised: bool
+    """Whether a router makes no promises at all, as one of the user's own may: it may be causal, or look ahead."""
     perplexity: float
     """Teacher-forced, per token."""
     honest_perplexity: float | None
@@ -160,6 +162,7 @@ def _row(
         label=entry.label,
         router=str(router) if one_for_all else [str(one) for one in state.routers],
         causal=all(promises_of(one).causal for one in state.routers),
+        unpromised=not all(map(makes_promises, state.routers)),
         perplexity=math.exp(nats),
         honest_perplexity=None if alone is None else alone.perplexity,
         honest_interval=None

@@ -11,8 +11,9 @@ from typing import Any
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationMode
 
 from usmoe.hf.forward import Patch, patch_of
+from usmoe.hf.identity import text_of
 from usmoe.hf.memory import refuse_continuous_batching
-from usmoe.types import is_causal
+from usmoe.types import SAY_SO, is_causal, makes_promises
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,12 +72,18 @@ def _warn_of_look_ahead(state: Patch) -> None:
     ahead = next((router for router in state.routers if not is_causal(router)), None)
     if ahead is not None and not state.warned:
         state.warned = True
-        warnings.warn(
-            f"{ahead} looks at tokens that are not generated yet, or at other sequences: step by step it routes "
-            "otherwise than over a whole text. For generation use thresholds, "
-            "usmoe.patch(model, usmoe.calibrate(model, batches, router)), or USMoE(pool='prefix').",
-            stacklevel=3,
-        )
+        if makes_promises(ahead):
+            said = (
+                f"{ahead} looks at tokens that are not generated yet, or at other sequences: step by step it routes "
+                "otherwise than over a whole text. For generation use thresholds, "
+                "usmoe.patch(model, usmoe.calibrate(model, batches, router)), or USMoE(pool='prefix')."
+            )
+        else:
+            said = (
+                f"{text_of(ahead)} does not promise that it is causal. If it looks at tokens that are not generated "
+                f"yet, or at other sequences, it routes step by step otherwise than over a whole text. {SAY_SO}"
+            )
+        warnings.warn(said, stacklevel=3)
 
 
 def _refuse_assistance(model: Any, state: Patch, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:

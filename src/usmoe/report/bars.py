@@ -18,8 +18,8 @@ def bars_plot(
     spread: Mapping[str, Mapping[str, Sequence[float]]],
     title: str,
 ) -> None:
-    """Write a PNG, whole or not at all: a panel of bars for each model and prompt, and under each, where `spread` has
-    it, a panel with a box a method over all tasks.
+    """Write a picture (.png, .svg or .pdf), whole or not at all: a panel of bars for each model and prompt, and under
+    each, where `spread` has it, a panel with a box a method over all tasks.
 
     panels  {panel: {"bars": {group: {method: (per cent, half-length of the error bar or None)}}, "marks": the same for
             the paper's figures, drawn as short lines across the bars}}

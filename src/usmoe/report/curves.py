@@ -20,7 +20,7 @@ def curves_plot(
     panels: Mapping[tuple[str, str], Mapping[str, tuple[Sequence[float], Sequence[float]]]],
     title: str,
 ) -> None:
-    """Write a PNG, whole or not at all: a row of panels for each text, a panel for each figure.
+    """Write a picture (.png, .svg or .pdf), whole or not at all: a row of panels a text, a panel a figure.
 
     panels  {(text, bits | perplexity | dropped): {label: (steps, values)}}
     """

@@ -9,7 +9,7 @@ from usmoe.report.whole import whole_picture
 
 
 def frontier_plot(path: Path, ways: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
-    """Write a PNG, whole or not at all: a line a way.
+    """Write a picture (.png, .svg or .pdf), whole or not at all: a line a way.
 
     ways  {label: [(share of the model's own MoE operations, bits a byte above its own choice), ...]}
     """

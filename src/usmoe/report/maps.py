@@ -14,7 +14,7 @@ def router_maps(
     said: Mapping[str, Mapping[str, RouterOutput]],
     words: Sequence[str],
 ) -> None:
-    """Write a PNG, whole or not at all: a row of panels for each router, a panel for each layer.
+    """Write a picture (.png, .svg or .pdf), whole or not at all: a row of panels a router, a panel a layer.
 
     said   {title: {layer name: RouterOutput}}; the first sequence of each is drawn
     words  the tokens of that sequence as text; as many are drawn as there are words

@@ -153,7 +153,7 @@ class Kind(Protocol):
         ...
 
     def plot(self, result: Any, path: Path) -> None:
-        """Write a PNG. Raises ValueError as `refuse_picture` does."""
+        """Write a picture: .png, .svg or .pdf. Raises ValueError as `refuse_picture` does."""
         ...
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from usmoe.report.whole import whole_json
-from usmoe.reproduce.experiment import EXPERIMENTS
+from usmoe.reproduce.experiment import EXPERIMENTS, Experiment, Scale
 from usmoe.reproduce.given import digest_of
 from usmoe.reproduce.kind import Plan, Result, kind_of, of_result
 from usmoe.reproduce.view import as_markdown
@@ -55,6 +55,21 @@ def place_of(plan: Plan, path: Path, *, anew: bool = False) -> Path:
 
 def _digest(plan: Plan) -> str:
     return digest_of({"experiment": plan.experiment, "scale": plan.scale, **plan.basis()})
+
+
+def committed() -> Path | None:
+    """The folder of the results that come with usmoe: in a wheel beside this file, in a checkout at its root."""
+    packed = Path(__file__).parent / "results"
+    if packed.is_dir():
+        return packed
+    root = Path(__file__).parents[3]
+    return root / "results" if (root / "pyproject.toml").is_file() else None
+
+
+def there(experiment: Experiment, scale: Scale, results: Path) -> Path | None:
+    """The result of an experiment as it is: in a folder of results, else the one that comes with usmoe, else None."""
+    paths = [experiment.path(folder, scale) for folder in (results, committed()) if folder is not None]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def command(plan: Plan) -> str:

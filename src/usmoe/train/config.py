@@ -190,18 +190,26 @@ class TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """The configuration in a .toml or .json file. Raises ValueError, naming the file, for what is none."""
+    data = read_tables(path)
+    try:
+        return TrainConfig.from_dict(data)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """What a .toml or .json file states, as `TrainConfig.from_dict` takes it. Raises ValueError where there is none."""
     if not path.is_file():
         raise ValueError(f"There is no configuration {path}. Give a .toml or .json file, or the name of a preset.")
     try:
         text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        if not isinstance(data, dict):
-            raise ValueError("it holds no table")
-        if "schema" in data:  # the config.json of a run
-            data = {name: value for name, value in data.items() if name not in ("schema", "text")}
-        return TrainConfig.from_dict(data)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: it holds no table")
+    run = "schema" in data  # the config.json of a run
+    return {name: value for name, value in data.items() if not run or name not in ("schema", "text")}
 
 
 def _model(said: str | Mapping[str, Any]) -> LanguageConfig:

@@ -101,7 +101,8 @@ class RunFolder:
                 raise
             kept = f"The last good checkpoint is {self.checkpoint}" if self.checkpoint.is_file() else "Nothing was kept"
             at = f" at {error.filename}" if error.filename else ""
-            raise OSError(f"The run in {self.path} stopped: {error.strerror}{at}. {kept}.") from error
+            why = f"{error.strerror}{at}." if error.strerror else str(error)  # a sentence of usmoe.report.whole
+            raise OSError(f"The run in {self.path} stopped: {why} {kept}.") from error
 
     def begin(self, config: TrainConfig, vocabulary: Vocabulary, text: str) -> None:
         """text: a digest of what is learned from."""

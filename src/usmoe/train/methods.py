@@ -51,6 +51,9 @@ class Method:
 
 _STAGES = ("balance", "distill", "similarity", "sparsity", "grow_k", "freeze_at")
 
+REPLACED = (*_STAGES, "model.gate", "model.moving")
+"""Fields beside the router that a method sets or puts back, as a configuration file states them."""
+
 METHODS: dict[str, Method] = {
     "token_choice": Method(
         title="SMoE",

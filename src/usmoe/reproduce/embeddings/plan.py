@@ -135,7 +135,7 @@ def plan(
     if not released and data is None and not tasks:
         raise ValueError(
             "At small scale the tasks are those whose data lie in a folder. Give --data DIR, or --tasks NAME for data "
-            "of the hub."
+            "of the hub; --show prints what was run before."
         )
     if data is not None:
         cuts, absent = local_tasks(wanted, data)

@@ -8,7 +8,7 @@ from pathlib import Path
 from usmoe.reproduce.embeddings.compare import AVERAGE, SPREAD, Cell, Line, lines, paper_name
 from usmoe.reproduce.embeddings.plan import SHIPPED, Plan
 from usmoe.reproduce.embeddings.run import Result
-from usmoe.reproduce.embeddings.study import CHECKPOINTS, STANDARDIZED_BY, STUDIES, TASKS
+from usmoe.reproduce.embeddings.study import CHECKPOINTS, STANDARDIZED_BY, STUDIES, TASKS, one_run
 from usmoe.reproduce.experiment import EXPERIMENTS
 from usmoe.reproduce.figures import paper_figures, recorded
 from usmoe.reproduce.view import PAPER, View
@@ -43,7 +43,9 @@ def view(result: Result, deviations: bool = True) -> View:
         rows=tuple(rows),
         bold=tuple(bold),
         differs=differs(plan),
-        says=tuple(word for word in (*legend(plan, found, deviations), ranking(found), *plan.study.says) if word),
+        says=tuple(
+            word for word in (*legend(plan, found, deviations), ranking(found), _shared(plan), *plan.study.says) if word
+        ),
         notes=paper_figures(experiment.name).notes if experiment.name in recorded() else (),
     )
 
@@ -124,6 +126,17 @@ def differs(plan: Plan) -> tuple[str, ...]:
     return tuple(said)
 
 
+def _shared(plan: Plan) -> str:
+    """A sentence on the experiments that have this very run in common; empty where there are none."""
+    names = one_run(plan.experiment)
+    if len(names) == 1 or set(plan.models) & {one.hub for name in names for one in STUDIES[name].models}:
+        return ""
+    return (
+        f"{', '.join(names[:-1])} and {names[-1]} are one run here: the model is the same in all of them, and only the "
+        "paper's figures beside it are of another."
+    )
+
+
 def refuse_picture(experiment: str) -> None:
     """Raise ValueError for an experiment that there is nothing to draw of."""
     if not STUDIES[experiment].pictured:
@@ -134,8 +147,8 @@ def refuse_picture(experiment: str) -> None:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Write the figure as a PNG: bars by row, a panel a model and prompt, the paper's figures as marks on the bars; for
-    figure8 also the distribution over tasks.
+    """Write the figure as .png, .svg or .pdf: bars by row, a panel a model and prompt, the paper's figures as marks on
+    the bars; for figure8 also the distribution over tasks.
 
     Raises ValueError for an experiment that the paper prints as a table.
     """

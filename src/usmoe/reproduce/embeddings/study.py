@@ -13,6 +13,7 @@ What the paper leaves open is decided here, and said in the sentences that are p
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -244,6 +245,13 @@ STUDIES: dict[str, Study] = {
     ),
 }
 """The experiments on embeddings by name."""
+
+
+def one_run(name: str) -> tuple[str, ...]:
+    """The experiments that are one run where another model stands in for the paper's, as at small scale: they differ in
+    the paper's models alone. Of table8: table7, table8, table9."""
+    alike = dataclasses.replace(STUDIES[name], models=())
+    return tuple(other for other, study in STUDIES.items() if dataclasses.replace(study, models=()) == alike)
 
 
 def setting_of(method: Method, prompt: Prompt, scale: Scale, features: str = "logits") -> Setting:

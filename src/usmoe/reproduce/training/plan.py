@@ -143,7 +143,11 @@ def plan(experiment: Experiment, asked: Asked) -> Plan:
     if not there:
         raise ValueError(
             f"There is no text to train on. {' '.join(absent.values())}"
-            + ("" if asked.data else " At small scale the texts lie in a folder: give --data DIR.")
+            + (
+                ""
+                if asked.data
+                else " At small scale the texts lie in a folder: give --data DIR, or --show for what was run before."
+            )
         )
     seeds = seeds_of(asked)
     return Plan(

@@ -200,7 +200,7 @@ def differs(result: Result) -> tuple[str, ...]:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Write the curves as a PNG: a panel for each corpus and figure, a line a row."""
+    """Write the curves as a picture (.png, .svg or .pdf): a panel for each corpus and figure, a line a row."""
     from usmoe.report.curves import curves_plot
 
     plan = result.plan
