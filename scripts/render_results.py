@@ -16,6 +16,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
+    (ROOT / "docs/results.md").write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page of what lies in results/."""
     demo = json.loads((ROOT / "results/demo.json").read_text())
     shipped = json.loads((ROOT / "results/shipped_model.json").read_text())
     lines = [
@@ -69,12 +74,15 @@ def main() -> None:
         )
     lines += [
         "",
+        "On these 16,384 tokens the causal threshold at 0.75x costs .0004 bits a byte, and one expert fewer .0022. On "
+        "245,760 tokens of novels that nobody tuned to it is .0008 (± .0002) against .0019 (± .0002).",
+        "",
         "![Router maps: tokens by experts, a panel a layer, a row of panels a router](router-maps.png)",
         "",
     ]
     lines += guarantees(json.loads((ROOT / "results/guarantees.json").read_text()))
     lines += plugin(json.loads((ROOT / "results/plugin.json").read_text()))
-    (ROOT / "docs/results.md").write_text("\n".join(lines))
+    return "\n".join(lines)
 
 
 def guarantees(said: dict) -> list[str]:

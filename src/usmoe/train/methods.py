@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
         title="USMoE k=2, weights of a token sum to 1",
         router="usmoe(k=2, alpha=0.5, normalize=chosen)",
         note="A control: the paper's U is about 1/E a pair, so that a token's experts together weigh some tenth of "
-        "what SMoE's weigh. Here they sum to 1, as SMoE's do, and who is chosen is all that differs.",
+        "what SMoE's weigh. Here they sum to 1, as SMoE's do; it has no balance loss.",
     ),
     "token_choice_scores": Method(
         title="SMoE, scores as weights",

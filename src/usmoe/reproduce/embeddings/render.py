@@ -71,9 +71,9 @@ def ranking(found: Sequence[Line]) -> str:
         return "In every row the band of the best figure is clear of all others." if ours else ""
     first = f"From {len(tied)} of our {len(ours)} rows no" if len(tied) < len(ours) else "No"
     return (
-        f"{first} ranking can be read: there the band of the best figure overlaps those of others (marked ~), or one "
-        "has no band. Bands are of each figure by itself; the columns share their texts, so a paired comparison could "
-        "tell more of them apart."
+        f"{first} ranking can be read by bands of each figure by itself: there the band of the best overlaps those of "
+        "others (marked ~), or one has no band. The columns share their texts, so that bands of paired differences, "
+        "which are not taken here, tell more of them apart."
     )
 
 

@@ -173,11 +173,13 @@ def planned(row: Row) -> PlannedRow:
 
 
 def about(rows: Sequence[PlannedRow]) -> tuple[str, ...]:
-    """What was decided of each method, once where several rows are of one."""
+    """What was decided of each method, once where several rows are of one. Of a method that is known, in today's words:
+    those of a result are as old as it is."""
     said: dict[str, str] = {}
     for row in rows:
-        if row.note:
-            said.setdefault(row.note, row.label)
+        method = METHODS.get(row.name if row.k is None else row.name.removesuffix(f"-k{row.k:g}"))
+        if note := row.note if method is None else method.note:
+            said.setdefault(note, row.label)
     return tuple(f"{label}: {note}" for note, label in said.items())
 
 

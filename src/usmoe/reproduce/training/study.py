@@ -138,7 +138,13 @@ _STABLE = (
 )
 _WEIGHTS = (
     "Methods differ in two things, who is chosen and how much a choice weighs: a token's weights sum to 1 in SMoE and "
-    "XMoE, and to far less in USMoE. The two controls change the weights alone."
+    "XMoE, and to far less in USMoE. The two controls change the weights alone, and do not settle which of the two "
+    "counts; multiplying USMoE's weights by 4, and nothing else, does: it then has SMoE's bits (LOG.md). What puts it "
+    "behind is how much a choice weighs, not who is chosen."
+)
+_CANNOT_LEARN = (
+    "What is ahead of SMoE at k = 1 is ahead of a gate that cannot learn: its softmax over one logit is 1 whatever the "
+    "logit, so that no gradient of the text reaches it. That says nothing of one selection against another."
 )
 _EC = "expert_choice_sigmoid"
 _ECS = (_EC, "expert_choice_softmax_tokens", "expert_choice_softmax_experts")
@@ -167,7 +173,7 @@ STUDIES: dict[str, Study] = {
         paper_corpora=("wikitext103", "lm1b"),
         large=True,
         steps=SWEEP_STEPS,
-        says=(_LEAK,),
+        says=(_LEAK, _CANNOT_LEARN),
     ),
     "table14": Study(
         rows=(
