@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -158,7 +159,10 @@ def test_every_command_finds_out_before_the_work(typed, no_work, refusing, words
     [
         (("demo", "--output", "run"), "run is a folder. Give the name of a file in it."),
         (("demo", "--output", "texts.txt"), "texts.txt is already there. Give --force"),
-        (("demo", "--output", "texts.txt/x.png"), "There is no folder texts.txt"),
+        (
+            ("demo", "--output", "texts.txt/x.png"),
+            "x.png cannot be written: a part of that path is a file. Move that file",
+        ),
         (("demo", "--output", "none/x.png"), "There is no folder none"),
         (("patch", "shipped", "--router", "usmoe(k=2)", "--save", "texts.txt"), "texts.txt is a file."),
         (("tune", "shipped", "--save", "none/x"), "There is no folder none to make x in. Make it first."),
@@ -238,6 +242,17 @@ def test_the_demo_shows_its_figures_and_then_says_what_was_not_written(typed, mo
     else:
         assert out.count("USMoE") >= 4
         assert "x.png" not in out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device on which every write says that it is full")
+@pytest.mark.parametrize("words", [("info",), ("info", "--json"), ("reproduce", "--list"), ("route", "--tokens", "3")])
+def test_where_stdout_is_full_it_is_said_in_a_sentence(words):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "usmoe", *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "usmoe: The output cannot be written: the disk is full. Make room, or send it elsewhere."
+    )
 
 
 def test_tables_of_the_paper_are_shown_and_then_it_is_said_that_they_were_not_saved(typed, monkeypatch):

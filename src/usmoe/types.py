@@ -175,5 +175,5 @@ def makes_promises(router: Any) -> bool:
     return isinstance(getattr(router, "promises", None), Promises)
 
 
-SAY_SO = "If it does keep to that, say so: fn.promises = usmoe.Promises(causal=True, ...)."
+SAY_SO = "If it does keep to that, say so: fn.promises = usmoe.Promises(...)."
 """What to do about a router that makes no promises."""

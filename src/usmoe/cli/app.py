@@ -17,6 +17,7 @@ from usmoe.cli.reproduce import reproduce
 from usmoe.cli.route import route
 from usmoe.cli.train import train
 from usmoe.cli.tune import tune
+from usmoe.report.whole import why_not
 
 app = typer.Typer(
     name="usmoe",
@@ -57,7 +58,10 @@ def main() -> None:
     except Exception as error:  # a user sees one line, whatever went wrong; --debug shows the rest
         if debug:
             raise
-        line = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is None and (why := why_not(error)):
+            said = f"The output cannot be written: {why}, or send it elsewhere."  # stdout, mostly
+        line = " ".join(" ".join([said, *getattr(error, "__notes__", ())]).split())
         ours = isinstance(error, ValueError | TypeError | OSError)  # a sentence of its own; else say what it is
         _say(f"{line if ours else f'{type(error).__name__}: {line}'}")
         raise SystemExit(1) from None

@@ -93,7 +93,7 @@ def output_path(path: Path | None, force: bool, flag: str = "--output") -> Path 
     if path.exists() and not force:
         raise ValueError(f"{path} is already there. Give --force to overwrite it, or another {flag}.")
     target = path.resolve()  # what a link points to, not the link
-    if not target.parent.is_dir():
+    if not target.parent.exists():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
     refuse_unwritable(target, f"another {flag}")
     return target
@@ -117,7 +117,7 @@ def output_folder(path: Path | None, force: bool, flag: str = "--save") -> Path 
         raise ValueError(f"{path} is a file. Give the name of a folder.")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise ValueError(f"{path} is not empty. Give --force to overwrite what is there, or another folder.")
-    if not path.resolve().parent.is_dir():
+    if not path.resolve().parent.exists():
         raise ValueError(f"There is no folder {path.parent} to make {path.name} in. Make it first.")
     return work_folder(path, flag)
 

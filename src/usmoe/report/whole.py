@@ -24,7 +24,7 @@ _CAUSES = {
     errno.EROFS: "the disk is read-only. Make it writable",
     errno.EACCES: "you may not write there. Change its permissions",
     errno.EPERM: "you may not write there. Change its permissions",
-    errno.ENOENT: "its folder is not there. Make it first",
+    errno.ENOENT: "there is no folder that takes it. Make one",
     errno.ENOTDIR: "a part of that path is a file. Move that file",
     errno.EISDIR: "it is a folder. Move it",
     errno.ENAMETOOLONG: "the name is too long. Shorten it",
@@ -74,11 +74,17 @@ def refuse_unwritable(path: Path, other: str = "another place") -> None:
         raise
 
 
+def why_not(error: OSError) -> str | None:
+    """Why nothing can be written, and what to do, in the middle of a sentence; None where nothing is known of it."""
+    return _CAUSES.get(error.errno) if error.errno and error.strerror else None
+
+
 def _plain(error: OSError, path: Path, other: str) -> OSError | None:
     """The error as a sentence with what to do; None where nothing is known of its cause, or it is a sentence."""
-    if error.errno not in _CAUSES or not error.strerror:
+    why = why_not(error)
+    if why is None:
         return None
-    plain = OSError(f"{path} cannot be written: {_CAUSES[error.errno]}, or give {other}.")
+    plain = OSError(f"{path} cannot be written: {why}, or give {other}.")
     plain.errno = error.errno
     return plain
 
