@@ -16,8 +16,8 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 _KERNELS: list[torch.library.Library] = []
 """Kernels are unregistered when their library is collected."""
@@ -37,9 +37,7 @@ def _product(one: Tensor, other: Tensor, *, add: Tensor | None = None, beta: Any
     by = order(one.shape[2], one.shape[0], one.shape[1], other.shape[2], *places)
     shape = one.shape[0], one.shape[1], other.shape[2]
     into = one.new_zeros(()) if add is None else add
-    return torch.baddbmm(
-        into.expand(shape), one[:, :, by], other[:, by], beta=0 if add is None else beta, alpha=alpha
-    )
+    return torch.baddbmm(into.expand(shape), one[:, :, by], other[:, by], beta=0 if add is None else beta, alpha=alpha)
 
 
 def _written(found: Tensor, out: Tensor) -> Tensor:
@@ -87,7 +85,7 @@ def install() -> None:
         }.items():
             library.impl(name, kernel, "CPU")
     _KERNELS.append(library)
-    attention = F.scaled_dot_product_attention
+    attention = functional.scaled_dot_product_attention
 
     @functools.wraps(attention)
     def by_shape(query: Tensor, key: Tensor, *given: Any, **named: Any) -> Tensor:
@@ -96,4 +94,4 @@ def install() -> None:
         by = order(query.shape[-1], *query.shape[:-1], *key.shape[:-1])
         return attention(query[..., by], key[..., by], *given, **named)
 
-    F.scaled_dot_product_attention = by_shape
+    functional.scaled_dot_product_attention = by_shape

@@ -20,16 +20,18 @@ LEAK = 1000
 """A leak is so many times larger than what rounding may do."""
 
 
-def tolerance(expected: Tensor, roundings: int = ROUNDINGS) -> float:
-    """So many roundings of the largest value, in the value's dtype."""
+def tolerance(expected: Tensor, roundings: int = ROUNDINGS, dtype: torch.dtype | None = None) -> float:
+    """So many roundings of the largest value, in the dtype that it was computed in (None: its own)."""
     largest = expected.detach().abs().max().item() if expected.numel() else 0.0
-    return roundings * torch.finfo(expected.dtype).eps * largest
+    return roundings * torch.finfo(dtype or expected.dtype).eps * largest
 
 
-def assert_to_rounding(found: Any, expected: Any, roundings: int = ROUNDINGS) -> None:
+def assert_to_rounding(
+    found: Any, expected: Any, roundings: int = ROUNDINGS, *, dtype: torch.dtype | None = None
+) -> None:
     """Equal but for the order in which sums were added up: tensors or arrays of one dtype and shape."""
     found, expected = torch.as_tensor(found), torch.as_tensor(expected)
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(expected, roundings))
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(expected, roundings, dtype))
 
 
 def assert_leaks(found: Any, expected: Any, roundings: int = ROUNDINGS) -> None:

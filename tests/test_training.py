@@ -490,7 +490,11 @@ def test_parts_of_a_step_are_the_whole_step(tmp_path):
     assert one
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="biases and cuts move at each part of a step, until there is an after_step")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="biases and cuts move at each part of a step, until there is an after_step",
+)
 @pytest.mark.parametrize("method", ["loss_free", "usmoe", "usmoe_threshold"])
 def test_what_moves_outside_of_gradients_does_not_depend_on_the_parts_of_a_step(tmp_path, method: str):
     """After one step from equal weights, whose pools are sequences: the bias of each gate, the average of each cut."""
