@@ -515,6 +515,29 @@ def test_what_moves_outside_of_gradients_does_not_depend_on_the_parts_of_a_step(
             assert_to_rounding(found[name].float(), value.float())  # of scores in float32
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2 or AVX512")
+def test_compiled_code_of_other_instructions_is_not_run(tmp_path):
+    """Two processors that share inductor's cache: torch by itself runs on one what it wrote for the other."""
+    code = (
+        "import torch; from usmoe.train.device import compile_here\n"
+        "class Next(torch.nn.Module):\n    def forward(self, x): return x + 1\n"
+        "layer, x = Next(), torch.arange(16.0); compile_here([layer])\n"
+        "print((layer(x) == x + 1).sum().item(), torch.backends.cpu.get_cpu_capability())"
+    )
+    said = []
+    for instructions in (
+        ("avx2", "default") if torch.backends.cpu.get_cpu_capability() == "AVX2" else ("avx512", "avx2")
+    ):
+        environment = {"ATEN_CPU_CAPABILITY": instructions, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        found = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
+        )
+        said.append(found.stdout.split())
+    assert [right for right, _ in said] == ["16", "16"]
+    assert said[0][1] != said[1][1]
+
+
 def test_experts_grow_and_a_gate_freezes(tmp_path):
     grown = METHODS["smoe_dropout"].apply(configured())
     trained(grown, tmp_path / "grown")

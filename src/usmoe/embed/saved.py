@@ -91,7 +91,7 @@ def _move(part: Path, folder: Path) -> None:
 
 
 def load(folder: Path, *, device: str = "cpu", dtype: str | None = None, router: Any = None) -> Encoder:
-    """The encoder that `save` wrote: the same vectors, to float rounding, and on one machine bit for bit.
+    """The encoder that `save` wrote: the same weights, bit for bit, and the same vectors, to float rounding.
 
     dtype   float32 | bfloat16 | float16; None: that of the model when it was saved
     router  what to patch with instead of the routers that were saved, as in usmoe.patch()

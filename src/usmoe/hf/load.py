@@ -105,7 +105,8 @@ def refuse_empty(tokenizer: Any, source: str) -> None:
 
 
 def from_pretrained(path: str | Path, router: Any = None, **options: Any) -> PreTrainedModel:
-    """A model that was saved while it was patched, patched again: the same logits, bit for bit.
+    """A model that was saved while it was patched, patched again: the same weights and routers, bit for bit, and the
+    same logits to float rounding (weights from a file lie elsewhere in memory, and products may add up otherwise).
 
     path     a folder that save_pretrained() wrote, that of an adapter of peft too, or a hub id
     router   what to patch with instead of what config.usmoe says, as in `patch()`

@@ -1,10 +1,12 @@
-"""Where a run computes, and in what precision."""
+"""Where a run computes, in what precision, and by what code."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
+from torch import nn
 
 from usmoe.train.config import Precision
 
@@ -31,3 +33,17 @@ def precision_of(asked: Precision, device: str) -> Literal["float32", "bfloat16"
         return asked
     pays = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
     return "bfloat16" if pays else "float32"
+
+
+def compile_here(layers: Iterable[nn.Module]) -> None:
+    """torch.compile each layer in place, for this processor.
+
+    The code that inductor keeps on disk is written for the instructions of a processor, and torch 2.13 does not ask for
+    them when it reads it again: where machines share a cache, half of the numbers come out wrong, without a word. So
+    the key of the cache names them, behind what the user has it name.
+    """
+    config, instructions = torch.compiler.config, torch.backends.cpu.get_cpu_capability()
+    if instructions not in config.cache_key_tag.split():
+        config.cache_key_tag = f"{config.cache_key_tag} {instructions}".strip()
+    for layer in layers:
+        layer.compile()

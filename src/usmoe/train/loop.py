@@ -24,7 +24,7 @@ from usmoe.data.prepare import Prepared, prepare
 from usmoe.data.units import stated
 from usmoe.models.language import LanguageModel, Memory
 from usmoe.train.config import TrainConfig
-from usmoe.train.device import place_of, precision_of
+from usmoe.train.device import compile_here, place_of, precision_of
 from usmoe.train.folder import RunFolder
 from usmoe.train.likelihood import NotFiniteError, teacher_forced
 from usmoe.train.log import Log
@@ -139,8 +139,7 @@ class _Loop:
         torch.manual_seed(config.seed)
         self.learner = Learner(LanguageModel(config.model, router).train(), config).to(self.accelerator.device)
         if config.compile:
-            for layer in self.model.layers:
-                layer.compile()
+            compile_here(self.model.layers)
         self.optimisers = optimisers_of(self.learner, config)
         self.wrapped = self.accelerator.prepare(self.learner)
         torch.manual_seed(config.seed + self.accelerator.process_index)  # another dropout in each process
