@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
+import torch.compiler.config as compiler
 from torch import nn
 
 from usmoe.train.config import Precision
@@ -42,8 +43,8 @@ def compile_here(layers: Iterable[nn.Module]) -> None:
     them when it reads it again: where machines share a cache, half of the numbers come out wrong, without a word. So
     the key of the cache names them, behind what the user has it name.
     """
-    config, instructions = torch.compiler.config, torch.backends.cpu.get_cpu_capability()
-    if instructions not in config.cache_key_tag.split():
-        config.cache_key_tag = f"{config.cache_key_tag} {instructions}".strip()
+    instructions, key = torch.backends.cpu.get_cpu_capability(), compiler.cache_key_tag
+    if instructions not in key.split():
+        compiler.cache_key_tag = f"{key} {instructions}".strip()
     for layer in layers:
         layer.compile()
