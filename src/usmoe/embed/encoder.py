@@ -92,7 +92,6 @@ class Encoder:
             max_length=max_length,
         )
         self.router = router
-        ours = model is None or isinstance(model, str | Path)
         if model is None or isinstance(model, str | Path):
             if tokenizer is None:
                 from usmoe.embed.saved import refuse_what_is_saved
@@ -112,7 +111,7 @@ class Encoder:
             self.model = model
             self.tokenizer = _tokenizer_of(model, tokenizer, self.source, offline)
         refuse_empty(self.tokenizer, self.source or "The tokenizer that was given")
-        self._place = Place(model=self.model, router=router, kept=ours)
+        self._place = Place(model=self.model, router=router)
         self._make()
         self.statistics = self._statistics(standardize)
 
@@ -123,18 +122,17 @@ class Encoder:
         self.read = Reader(tokenizer=self.tokenizer, prompt=settings.prompt, max_length=limit)
         padding = padding_of(self.model, self.tokenizer)
         layers: tuple[Layer, ...] = ()
-        with self.routed():  # also says at once what cannot be
+        with self.routed() as model:  # also says at once what cannot be
             if self._listens:
-                layers = chosen_layers(self.model, settings.layers)
+                layers = chosen_layers(model, settings.layers)
                 if settings.layers is None:
-                    layers = reading_layers(self.model, layers, padding)
+                    layers = reading_layers(model, layers, padding)
         self.extract = Extractor(
-            model=self.model,
             pooling=settings.pooling,
             hidden=settings.embedding != "router",
             router=self._listens,
             probabilities=settings.router_features == "probabilities",
-            layers=layers,
+            layers=tuple(layer.name for layer in layers),
             padding=padding,
         )
 
@@ -143,10 +141,11 @@ class Encoder:
         return self.settings.embedding != "hidden"
 
     @contextlib.contextmanager
-    def routed(self) -> Iterator[None]:
-        """The model under this encoder's router, in evaluation mode, and as it was afterwards. Threads take turns."""
-        with self._place.routed(self._listens):
-            yield
+    def routed(self) -> Iterator[Any]:
+        """The model under this encoder's router, in evaluation mode: other modules over the same weights, so that the
+        model itself is as it was, also meanwhile. For the length of a with block, in one thread."""
+        with self._place.routed(self._listens) as model:
+            yield model
 
     @property
     def routers(self) -> dict[str, Any]:
@@ -245,11 +244,11 @@ class Encoder:
         if self._run is not None:
             yield self._run
         elif processes > 1:
-            with Workers(self.extract, self._place.routers(self._listens) or None, processes) as workers:
+            with Workers(self.model, self.extract, self.routers or None, processes) as workers:
                 yield workers
         else:
-            with self.routed():
-                yield lambda batches: map(self.extract, batches)
+            with self.routed() as model:
+                yield lambda batches: (self.extract(model, batch) for batch in batches)
 
     def combine(self, features: Features) -> np.ndarray:
         """(n, D): the vectors of features, standardised where the encoder has statistics.

@@ -44,23 +44,22 @@ class Features:
 class Extractor:
     """Runs a model on batches of token ids and pools what comes out."""
 
-    model: PreTrainedModel
     pooling: Pooling
     """Of each text's tokens."""
     hidden: bool
     router: bool
-    """What is wanted. For `router` the model must be patched while it runs."""
+    """What is wanted. For `router` the model must be patched."""
     probabilities: bool
     """Whether logits become the model's own scores (softmax, mostly) before they are pooled."""
-    layers: tuple[Layer, ...]
-    """The MoE layers whose routers are listened to."""
+    layers: tuple[str, ...]
+    """Names of the MoE layers whose routers are listened to."""
     padding: int
     """Token id that fills a batch; it is masked."""
 
     @torch.inference_mode()
-    def __call__(self, batch: Sequence[Sequence[int]]) -> Features:
+    def __call__(self, model: PreTrainedModel, batch: Sequence[Sequence[int]]) -> Features:
         """The features of a batch of token ids."""
-        return self.of_tokens(*self.padded(batch))
+        return self.of_tokens(model, *self.padded(batch))
 
     def padded(self, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Tokens (B, L) and lengths (B,). Padding stands on the right, where no token attends to it."""
@@ -71,15 +70,16 @@ class Extractor:
         return tokens, lengths
 
     @torch.inference_mode()
-    def of_tokens(self, tokens: Tensor, lengths: Tensor) -> Features:
+    def of_tokens(self, model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Features:
         """The features of tokens (B, L), padded on the right, with `lengths` (B,) real tokens each.
 
         Raises ValueError for a token that the model does not have, and for a model that reads no text.
         """
-        states, said = _run(self.model, tokens, lengths, self.layers if self.router else ())
+        layers = chosen_layers(model, self.layers) if self.router else ()
+        states, said = _run(model, tokens, lengths, layers)
         pool = POOLINGS[self.pooling]
         pooled = []
-        for layer in self.layers if self.router else ():
+        for layer in layers:
             logits = said.get(layer.name)
             if logits is None or logits.shape[:2] != tokens.shape:
                 raise ValueError(f"{layer.name} does not read the tokens of a text. Choose other layers.")

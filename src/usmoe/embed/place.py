@@ -1,23 +1,18 @@
-"""Where an encoder's model runs: under its router for as long as it is needed, one thread at a time."""
+"""Where an encoder's model runs: in a view of its own, so that whoever else has the model sees nothing of it."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from torch import nn
-
-from usmoe.hf.patch import patch, patch_of, patched
+from usmoe.hf.generation import leave_engine
+from usmoe.hf.patch import patch, unpatch
+from usmoe.hf.patch import routers as routers_of
+from usmoe.hf.view import view_of
 from usmoe.hf.wrapped import unwrapped
-from usmoe.layers.mode import evaluating
 from usmoe.routing import OwnChoice
-
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_MAKING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,40 +22,29 @@ class Place:
     model: Any
     router: Any
     """As in usmoe.patch(); None: what the model does by itself, patched or not."""
-    kept: bool
-    """Whether the patch stays: so for a model that nobody else has. One of the user's own is patched while it runs."""
 
     @contextlib.contextmanager
-    def routed(self, listens: bool) -> Iterator[None]:
-        """The model under the router, in evaluation mode, and as it was afterwards; other threads wait.
+    def routed(self, listens: bool) -> Iterator[Any]:
+        """The model as it is now, in evaluation mode, under the router: a view, which shares its weights and nothing
+        else. So the model itself may run, train, or be patched in other threads meanwhile.
 
         listens: whether its routers must be heard, for which a model under its own choice is patched, too
         """
-        inner = unwrapped(self.model)
-        with _lock_of(inner), evaluating(inner):
-            if self.router is None and (not listens or patch_of(inner) is not None):
-                yield
-            elif self.kept:
-                if patch_of(inner) is None:
-                    patch(inner, self._chosen)
-                yield
-            else:
-                with patched(inner, self._chosen):
-                    yield
+        view = unwrapped(view_of(self.model)).eval()
+        leave_engine(view)
+        theirs = routers_of(view)
+        if self.router is not None:
+            patch(view, self.router)
+        elif theirs:  # a patch has one forward at a time, so the view has another with the same routers
+            patch(view, theirs)
+        elif listens:
+            patch(view, OwnChoice())
+        try:
+            yield view
+        finally:
+            unpatch(view)  # it holds itself by its patch, and with it the weights
 
     def routers(self, listens: bool) -> dict[str, Any]:
         """{layer name: router} while the model runs; empty where it is not patched then."""
-        with self.routed(listens):
-            state = patch_of(self.model)
-            layers = [] if state is None else state.layers
-            return {layer.name: router for layer, router in zip(layers, state.routers if state else (), strict=True)}
-
-    @property
-    def _chosen(self) -> Any:
-        return OwnChoice() if self.router is None else self.router
-
-
-def _lock_of(model: nn.Module) -> threading.RLock:
-    """One lock a model, whatever encoders there are of it."""
-    with _MAKING:
-        return _LOCKS.setdefault(model, threading.RLock())
+        with self.routed(listens) as model:
+            return routers_of(model)

@@ -62,8 +62,8 @@ def _refuse_what_is_not_written(model: Any) -> None:
 
 def _write(encoder: Encoder, folder: Path) -> None:
     model, tokenizer = unwrapped(encoder.model), cast(Any, encoder.tokenizer)
-    with encoder.routed():
-        model.save_pretrained(folder)
+    with encoder.routed() as routed:
+        routed.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     statistics = encoder.statistics
     if statistics is not None:

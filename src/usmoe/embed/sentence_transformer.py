@@ -57,8 +57,8 @@ class EncoderModule(InputModule):
     def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
         """The features, and the sentence embeddings (B, D) of them."""
         tokens, lengths = features["input_ids"], features["attention_mask"].sum(1)
-        with self.encoder.routed():
-            said = self.encoder.extract.of_tokens(tokens, lengths)
+        with self.encoder.routed() as model:
+            said = self.encoder.extract.of_tokens(model, tokens, lengths)
         vectors = torch.from_numpy(self.encoder.combine(said)).to(tokens.device)
         return {**features, "sentence_embedding": vectors}
 

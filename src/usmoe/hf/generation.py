@@ -49,11 +49,19 @@ ENGINES = {"generate": generate, "init_continuous_batching": init_continuous_bat
 """Methods of a model while it is patched."""
 
 
+_ENGINE = "_cached_continuous_batching_manager"
+
+
 def forget_engine(model: Any) -> None:
     """Drop the engine of continuous batching that a model keeps from call to call (`persistent_manager`): its cache and
     its graphs are those of another route."""
-    if "_cached_continuous_batching_manager" in model.__dict__:
+    if _ENGINE in model.__dict__:
         model.destroy_cached_continuous_batching_manager()
+
+
+def leave_engine(view: Any) -> None:
+    """Leave such an engine to the model that a view is of: it goes on there."""
+    view.__dict__.pop(_ENGINE, None)
 
 
 def _patch(model: Any) -> Patch:

@@ -29,6 +29,7 @@ from usmoe.hf.generation import ENGINES, forget_engine
 from usmoe.hf.layers import Layer, behind_interface, moe_layers, plain_name
 from usmoe.hf.packed import packed_experts, refuse_adapted
 from usmoe.hf.saved import written
+from usmoe.hf.turns import one_at_a_time
 from usmoe.hf.wrapped import unwrapped
 from usmoe.layers.budget import asked_of
 from usmoe.layers.causal import FINDERS, Tracked
@@ -38,6 +39,7 @@ from usmoe.routing.host import Host
 from usmoe.routing.router import Router, experts_per_token, refuse_what_is_no_router
 
 
+@one_at_a_time
 def patch(model: PreTrainedModel, router: Any) -> PreTrainedModel:
     """The same model, now routing by `router`; in place.
 
@@ -78,6 +80,7 @@ def _try(router: Router, layer: Layer) -> None:
         raise ValueError(f"{layer.name}: {error}") from error
 
 
+@one_at_a_time
 def _install(
     model: PreTrainedModel,
     layers: list[Layer],
@@ -119,6 +122,7 @@ def _install(
             setattr(model, name, types.MethodType(method, model))
 
 
+@one_at_a_time
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, routing by itself again; bit for bit as before. Nothing happens to one that is not patched."""
     inner = unwrapped(model)

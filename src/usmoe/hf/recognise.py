@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from usmoe.hf.ask import Answers, Asker, FixedRouteError, Probe, UnknownRuleError, arguments_of, asked, other_values
 from usmoe.hf.rule import Rule, Source
+from usmoe.hf.view import views_of
 from usmoe.routing.host import Groups, Host
 from usmoe.routing.scores import HOST_SCORES
 
@@ -37,25 +38,22 @@ def own_rule(router: nn.Module, block: nn.Module, experts: nn.Module, logits_ind
     if number == 1:
         raise FixedRouteError("it has one expert, so there is nothing to choose")
     arguments = arguments_of(router, block)
-    training = {module: module.training for module in router.modules()}
+    # whoever else uses the model meanwhile finds its values and its mode as they are
+    block, router, experts = views_of(block, router, experts)
     router.eval()
-    try:
-        with other_values(router, block, number, arguments) as probe:
-            for asker, said in asked(router, experts, probe, logits_index, number):
-                found = told_apart(asker, _fitting(router, said, probe), said.logits.shape[-1])
-                if found:
-                    ranking, bias, scale = _named(router, found)
-                    return Rule(
-                        host=dataclasses.replace(ranking, bias=None),
-                        outputs=asker.outputs,
-                        null_experts=said.null,
-                        bias=bias,
-                        scale=scale,
-                    )
-            raise UnknownRuleError("its router follows a rule that usmoe cannot express yet")
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with other_values(router, block, number, arguments) as probe:
+        for asker, said in asked(router, experts, probe, logits_index, number):
+            found = told_apart(asker, _fitting(router, said, probe), said.logits.shape[-1])
+            if found:
+                ranking, bias, scale = _named(router, found)
+                return Rule(
+                    host=dataclasses.replace(ranking, bias=None),
+                    outputs=asker.outputs,
+                    null_experts=said.null,
+                    bias=bias,
+                    scale=scale,
+                )
+        raise UnknownRuleError("its router follows a rule that usmoe cannot express yet")
 
 
 def _fitting(router: nn.Module, said: Answers, probe: Probe) -> list[Fit]:
