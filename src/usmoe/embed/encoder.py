@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from usmoe.embed import similarity
+from usmoe.embed.bar import bar
 from usmoe.embed.features import Extractor, Features, chosen_layers, reading_layers
+from usmoe.embed.own_tokenizer import OwnTokenizer
 from usmoe.embed.place import Place
 from usmoe.embed.settings import Combination, Embedding, EncoderSettings, RouterFeatures
 from usmoe.embed.standardize import Statistics, sample_of
@@ -112,6 +113,7 @@ class Encoder:
             self.tokenizer = _tokenizer_of(model, tokenizer, self.source, offline)
         refuse_empty(self.tokenizer, self.source or "The tokenizer that was given")
         self._place = Place(model=self.model, router=router)
+        self._own = OwnTokenizer(self.tokenizer)
         self._make()
         self.statistics = self._statistics(standardize)
 
@@ -119,7 +121,7 @@ class Encoder:
         """What reads texts and what runs the model, by the settings."""
         settings = self.settings
         limit = longest(self.model, self.tokenizer, settings.max_length)
-        self.read = Reader(tokenizer=self.tokenizer, prompt=settings.prompt, max_length=limit)
+        self.read = Reader(own=self._own, prompt=settings.prompt, max_length=limit)
         padding = padding_of(self.model, self.tokenizer)
         layers: tuple[Layer, ...] = ()
         with self.routed() as model:  # also says at once what cannot be
@@ -216,12 +218,12 @@ class Encoder:
         batches = [[ids[index] for index in order[at : at + batch_size]] for at in range(0, len(ids), batch_size)]
         found = []
         with (
-            tqdm(total=len(ids), desc="encoding", unit="text", disable=None if progress else True, leave=False) as bar,
+            bar(len(ids), "encoding", "text", shown=progress) as shown,
             self._runs(min(processes, len(batches))) as run,
         ):
             for batch, said in zip(batches, run(batches), strict=True):
                 found.append(said)
-                bar.update(len(batch))
+                shown.update(len(batch))
         back = np.argsort(order)
         parts = {name: [getattr(one, name) for one in found] for name in ("hidden", "router")}
         return Features(**{n: None if p[0] is None else np.concatenate(p)[back] for n, p in parts.items()}, cut=cut)

@@ -71,24 +71,32 @@ class Extractor:
 
     @torch.inference_mode()
     def of_tokens(self, model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Features:
-        """The features of tokens (B, L), padded on the right, with `lengths` (B,) real tokens each.
+        """The features of tokens (B, L), padded on the right, with `lengths` (B,) real tokens each; `with_states` says
+        more."""
+        return self.with_states(model, tokens, lengths)[0]
+
+    @torch.inference_mode()
+    def with_states(self, model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> tuple[Features, Tensor]:
+        """The features of tokens (B, L), padded on the right, with `lengths` (B,) real tokens each, and the last hidden
+        state (B, L, D), that of padding included.
 
         Raises ValueError for a token that the model does not have, and for a model that reads no text.
         """
         layers = chosen_layers(model, self.layers) if self.router else ()
-        states, said = _run(model, tokens, lengths, layers)
+        states, heard = _run(model, tokens, lengths, layers)
         pool = POOLINGS[self.pooling]
         pooled = []
         for layer in layers:
-            logits = said.get(layer.name)
+            logits = heard.get(layer.name)
             if logits is None or logits.shape[:2] != tokens.shape:
                 raise ValueError(f"{layer.name} does not read the tokens of a text. Choose other layers.")
             scores = layer.host.weighing_scores(logits.float()) if self.probabilities else logits
             pooled.append(pool(scores, lengths.to(scores.device)).float().cpu())
-        return Features(
+        said = Features(
             hidden=pool(states, lengths.to(states.device)).float().cpu().numpy() if self.hidden else None,
             router=torch.cat(pooled, 1).numpy() if self.router else None,
         )
+        return said, states
 
 
 def _run(

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from usmoe.embed.digest import digest
 from usmoe.embed.encoder import Encoder
 from usmoe.embed.extra import of_extra
 from usmoe.embed.memory import FeatureMemory
-from usmoe.embed.prompts import PROMPTS
-from usmoe.hf.identity import identity, text_of
+from usmoe.embed.setting import name_of, revision_of, setting_of
 from usmoe.hf.packed import packed_experts
 from usmoe.hf.wrapped import unwrapped
-from usmoe.models import SHIPPED
-from usmoe.routing import OwnChoice
-from usmoe.routing.router import Router
 
 with of_extra("Encoder.as_mteb()"):
     from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -78,12 +68,19 @@ class MTEBModel:
         batch_size: int = 32,
         show_progress_bar: bool = True,
         precision: str | None = None,
-        **_: Any,
+        **others: Any,
     ) -> np.ndarray:
         """(n, D): the vectors of the texts in mteb's batches, in float32. A text that stands twice is run once.
 
-        Raises ValueError for a MoEE sum in a task that reads vectors, and for a precision other than float32.
+        Raises ValueError for a MoEE sum in a task that reads vectors, for a precision other than float32, and for what
+        mteb hands on of encode_kwargs and an encoder does not read.
         """
+        asked = {name: value for name, value in others.items() if value is not None}
+        if asked:
+            raise ValueError(
+                f"{', '.join(asked)} of encode_kwargs cannot be read: of them an encoder of usmoe knows batch_size and "
+                "show_progress_bar. What its vectors depend on is said to the encoder: usmoe.Encoder(..., prompt=...)."
+            )
         if self.encoder.settings.is_sum:
             refuse_sum(task_metadata)
         if precision not in (None, "float32"):
@@ -107,13 +104,12 @@ class MTEBModel:
     def mteb_model_meta(self) -> ModelMeta:
         """Name, weights and setting. What is not known is None."""
         encoder, model = self.encoder, unwrapped(self.encoder.model)
-        routers = list(encoder.routers.values())
         return ModelMeta.create_empty(
             overwrites={
                 "name": name_of(encoder.source),
-                "revision": digest(model, encoder.tokenizer),
+                "revision": revision_of(encoder),
                 "loader_kwargs": encoder.about() | self._about,
-                "experiment_kwargs": self._setting(routers),
+                "experiment_kwargs": setting_of(encoder, instructions=self.instructions, about=self._about),
                 "n_parameters": None if packed_experts(model) else model.num_parameters(),
                 "max_tokens": encoder.max_length,
                 "embed_dim": encoder.dimension,
@@ -122,33 +118,6 @@ class MTEBModel:
                 "use_instructions": self.instructions,
             }
         )
-
-    def _setting(self, routers: Sequence[Any]) -> dict[str, Any]:
-        """What names the folder of results: router, alpha, embedding and prompt always, the others where they differ
-        from what is left out. loader_kwargs hold all of it in full."""
-        encoder, settings = self.encoder, self.encoder.settings
-        listens, statistics = settings.embedding != "hidden", encoder.statistics
-        dtype = str(unwrapped(encoder.model).dtype).removeprefix("torch.")
-        optional = {
-            "pooling": None if settings.pooling == "last" else settings.pooling,
-            "moee": "sum" if settings.is_sum else None,
-            "w": float(settings.w) if settings.is_sum and settings.w != 1 else None,
-            "features": settings.router_features if listens and settings.router_features != "logits" else None,
-            "layers": None if settings.layers is None else short(", ".join(map(str, settings.layers))),
-            "instruction": True if self.instructions else None,
-            "standardize": None if statistics is None else short(f"{statistics.name} {statistics.digest[:8]}"),
-            "max_length": settings.max_length,
-            "dtype": None if dtype == "float32" else dtype,
-            "code": _code(routers),
-        }
-        return {
-            "router": short(_text_of_all(routers)),
-            "alpha": _alpha(routers),
-            "embedding": settings.embedding,
-            "prompt": settings.prompt if settings.prompt in PROMPTS else short(settings.prompt),
-            **{name: value for name, value in optional.items() if value is not None},
-            **{name: short(str(value)) for name, value in self._about.items()},
-        }
 
 
 def refuse_sum(task_metadata: Any) -> None:
@@ -170,47 +139,3 @@ def _instruction(task_metadata: Any, prompt_type: Any) -> str | None:
 
 def _array(vectors: Any) -> np.ndarray:
     return vectors.detach().cpu().float().numpy() if isinstance(vectors, Tensor) else np.asarray(vectors)
-
-
-def name_of(source: str | None) -> str:
-    """organization/model, as mteb wants it: the id on the hub, or usmoe/FOLDER."""
-    if source is None or source == "shipped":
-        return "usmoe/model" if source is None else f"usmoe/{SHIPPED.name}"
-    path = Path(source)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source, re.ASCII) and not path.exists():
-        return source
-    folder = re.sub(r"[^\w.-]+", "-", path.resolve().name, flags=re.ASCII)[:100]
-    return f"usmoe/{folder or 'model'}"
-
-
-def short(text: str) -> str:
-    """A text that a folder may be called, and that says which one it was: itself where it is short and plain, or else
-    its beginning and a digest."""
-    if re.fullmatch(r"[\w .,=()+-]{1,80}", text, re.ASCII):
-        return text
-    begins = re.sub(r"[^a-zA-Z0-9]+", "-", text).strip("-")[:24]
-    return f"{begins}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _text_of_all(routers: Sequence[Any]) -> str:
-    """The router of all layers, or those of each; own_choice for a model that is not patched."""
-    texts = [text_of(router) for router in routers] or [str(OwnChoice())]
-    return texts[0] if len(set(texts)) == 1 else f"{len(texts)} routers: {'; '.join(texts)}"
-
-
-def _code(routers: Sequence[Any]) -> str | None:
-    """Of routers of the user's own, which a name does not tell apart: a digest of what they are; of those that cannot
-    be told apart at all, something new each time, so that nothing is read that another has written."""
-    own = [identity(router) for router in routers if not isinstance(router, Router)]
-    if not own:
-        return None
-    said = uuid.uuid4().hex if None in own else json.dumps(own, sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:12]
-
-
-def _alpha(routers: Sequence[Any]) -> float | None:
-    """The share of the expert score, where all layers have the same: 0 where a unified router leaves it to the model;
-    None for routers that have no such share."""
-    alphas = {getattr(router, "alpha", "none") for router in routers}
-    found = alphas.pop() if len(alphas) == 1 else "none"
-    return None if found == "none" else 0.0 if found is None else float(found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from usmoe.hf.generation import leave_engine
-from usmoe.hf.patch import patch, unpatch
+from usmoe.hf.patch import patch, patch_of, unpatch
 from usmoe.hf.patch import routers as routers_of
 from usmoe.hf.view import view_of
 from usmoe.hf.wrapped import unwrapped
@@ -26,7 +27,8 @@ class Place:
     @contextlib.contextmanager
     def routed(self, listens: bool) -> Iterator[Any]:
         """The model as it is now, in evaluation mode, under the router: a view, which shares its weights and nothing
-        else. So the model itself may run, train, or be patched in other threads meanwhile.
+        else. So the model itself may run, train, or be patched in other threads meanwhile. Who listens to the model
+        (usmoe.record) in this thread hears the view.
 
         listens: whether its routers must be heard, for which a model under its own choice is patched, too
         """
@@ -39,6 +41,9 @@ class Place:
             patch(view, theirs)
         elif listens:
             patch(view, OwnChoice())
+        state = patch_of(view)
+        if state is not None:  # who listens to the model in another thread asked for its own forwards
+            state.listeners = [one for one in state.listeners if one.thread == threading.get_ident()]
         try:
             yield view
         finally:

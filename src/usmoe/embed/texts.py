@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from usmoe.embed.own_tokenizer import OwnTokenizer
 from usmoe.embed.prompts import instructed, template_of
 
 _AT_ONCE = 4096
@@ -22,7 +23,7 @@ within a word, its last tokens are others than in the whole."""
 class Reader:
     """Turns texts into token ids of at most `max_length`, special tokens included."""
 
-    tokenizer: Any
+    own: OwnTokenizer
     prompt: str
     """A name in PROMPTS, or a template with {text}."""
     max_length: int | None
@@ -50,7 +51,7 @@ class Reader:
         texts = [self._shortened(text) for text in texts]
         for start in range(0, len(texts), _AT_ONCE):
             part = [f"{before}{text}{after}" for text in texts[start : start + _AT_ONCE]]
-            found += self.tokenizer(part, verbose=False)["input_ids"]
+            found += self.own.now()(part, verbose=False)["input_ids"]
         limit = float("inf") if self.max_length is None else self.max_length
         cut = np.array([len(ids) > limit for ids in found], dtype=bool)
         for index, ids in enumerate(found):
@@ -68,7 +69,7 @@ class Reader:
         most = self.max_length + _MARGIN
         size = _CHARACTERS * most
         while size + _MARGIN < len(text):
-            if len(self.tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"]) > most:
+            if len(self.own.now()(text[:size], add_special_tokens=False, verbose=False)["input_ids"]) > most:
                 return text[:size] + text[-_MARGIN:]
             size *= 2
         return text
@@ -76,8 +77,8 @@ class Reader:
     def _cut(self, before: str, text: str, after: str) -> list[int]:
         """The ids with the end of the text left out, so that they are `max_length`."""
         assert self.max_length is not None
-        fast = bool(getattr(self.tokenizer, "is_fast", False))
-        said = self.tokenizer(
+        fast = bool(getattr(self.own.now(), "is_fast", False))
+        said = self.own.now()(
             f"{before}{text}{after}", return_special_tokens_mask=True, return_offsets_mapping=fast, verbose=False
         )
         ids, special = said["input_ids"], said["special_tokens_mask"]
@@ -85,7 +86,7 @@ class Reader:
         last = len(ids) - next(index for index, mark in enumerate(reversed(special)) if not mark)
         tail = self._tail(after, ids, said["offset_mapping"] if fast else None, first, last, len(before) + len(text))
         keep = self.max_length - first - (len(ids) - last) - len(tail)
-        needed = len(self.tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]) if before else 0
+        needed = len(self.own.now()(before, add_special_tokens=False, verbose=False)["input_ids"]) if before else 0
         if keep <= needed:
             raise ValueError(
                 f"The prompt {self.prompt!r} and what belongs to it leave no room for a text in {self.max_length} "
@@ -102,11 +103,11 @@ class Reader:
             behind = next((index for index in range(first, last) if offsets[index][0] >= begins), last)
             if first < behind < last and offsets[behind - 1][1] <= begins:
                 return ids[behind:last]
-        return self.tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.own.now()(after, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _nothing(self) -> int:
         for name in ("bos_token_id", "cls_token_id", "eos_token_id"):
-            token = getattr(self.tokenizer, name, None)
+            token = getattr(self.own.now(), name, None)
             if token is not None:
                 return token
         raise ValueError(

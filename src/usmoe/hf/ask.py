@@ -122,11 +122,9 @@ def other_values(router: nn.Module, block: nn.Module, number: int, arguments: di
         stores: tuple[Any, ...] = (module._parameters, module._buffers)
         for store in stores:
             for name, old in store.items():
-                if old is None or old.device.type == "meta" or not old.is_floating_point():
+                if old is None or not is_replaced(module, name, old, number):
                     continue
                 vector = _one_an_expert(old, number)
-                if not vector and (old.ndim != 2 or store is module._buffers):
-                    continue
                 drawn = torch.randn(old.shape, generator=generator)
                 if vector:
                     drawn = 1 + 0.3 * drawn.abs() if bool((old > 0).all()) else 0.3 * drawn
@@ -151,6 +149,13 @@ def other_values(router: nn.Module, block: nn.Module, number: int, arguments: di
     finally:
         for store, name, old in kept:
             store[name] = old
+
+
+def is_replaced(module: nn.Module, name: str, value: Tensor, number: int) -> bool:
+    """Whether a parameter or buffer of a router has other values while it is asked."""
+    if value.device.type == "meta" or not value.is_floating_point():
+        return False
+    return _one_an_expert(value, number) or (value.ndim == 2 and name in module._parameters)
 
 
 def _one_an_expert(values: Tensor, number: int) -> bool:

@@ -41,6 +41,14 @@ Listener = Callable[[str, RouterOutput], None]
 """Called with the name of a layer and what its router said."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hears:
+    """Who listens, and the thread in which it began to."""
+
+    listener: Listener
+    thread: int = field(default_factory=threading.get_ident)
+
+
 @dataclass(kw_only=True, eq=False)
 class Forward:
     """What is known of the tokens of one forward."""
@@ -102,7 +110,7 @@ class Patch:
     """Who carries it."""
     methods: dict[str, Any] = field(default_factory=dict)
     """Attributes of the model that were set, each with what it was, or None."""
-    listeners: list[Listener] = field(default_factory=list)
+    listeners: list[Hears] = field(default_factory=list)
     cuts: list[MovingCut] = field(default_factory=list)
     """Of each layer: where its selections fell in training."""
     forward: Forward = field(default_factory=Forward)
@@ -396,8 +404,8 @@ def reroute(state: Patch, index: int, module: nn.Module, args: Any, output: tupl
     if now.said is not None and now.running:
         now.said.append(said)
         now.cut_off = now.cut_off or not torch.is_grad_enabled()
-    for listener in state.listeners:
-        listener(layer.name, said)
+    for one in state.listeners:
+        one.listener(layer.name, said)
     return output
 
 

@@ -93,7 +93,10 @@ def load_tokenizer(model: str | Path | None = None, *, offline: bool = False) ->
 
 def refuse_empty(tokenizer: Any, source: str) -> None:
     """Raise ValueError for a tokenizer that gives a text no token, or none but special ones: of a folder without the
-    files of a tokenizer, transformers makes an empty one for some families, in silence."""
+    files of a tokenizer, transformers makes an empty one for some families, in silence. A callable of the user's own
+    that does not say how many tokens it knows is none of these."""
+    if not hasattr(tokenizer, "__len__"):
+        return
     special = set(getattr(tokenizer, "all_special_ids", ()))
     if len(tokenizer) > len(special) and tokenizer("a text", add_special_tokens=False, verbose=False)["input_ids"]:
         return

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from usmoe.hf.adapters import follow_peft, write_beside_adapter
 from usmoe.hf.entrance import close_entrances, open_entrances
 from usmoe.hf.experts import IMPLEMENTATION, PATCHED
-from usmoe.hf.forward import CARRIED, Listener, Patch, learn_grid, patch_of, reroute
+from usmoe.hf.forward import CARRIED, Hears, Listener, Patch, learn_grid, patch_of, reroute
 from usmoe.hf.generation import ENGINES, forget_engine
 from usmoe.hf.layers import Layer, behind_interface, moe_layers, plain_name
 from usmoe.hf.packed import packed_experts, refuse_adapted
@@ -249,11 +249,12 @@ def listening(model: PreTrainedModel, listener: Listener) -> Iterator[None]:
     """Call `listener` at every routing of a patched model in the with block, whatever patches come and go in it."""
     state = patch_of(model)
     assert state is not None
-    state.listeners.append(listener)
+    hears = Hears(listener=listener)
+    state.listeners.append(hears)
     try:
         yield
     finally:
-        state.listeners.remove(listener)
+        state.listeners.remove(hears)
 
 
 def supported_layers(model: PreTrainedModel) -> list[Layer]:

@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from usmoe.hf.ask import Answers, Asker, FixedRouteError, Probe, UnknownRuleError, arguments_of, asked, other_values
+from usmoe.hf.ask import (
+    Answers,
+    Asker,
+    FixedRouteError,
+    Probe,
+    UnknownRuleError,
+    arguments_of,
+    asked,
+    is_replaced,
+    other_values,
+)
 from usmoe.hf.rule import Rule, Source
+from usmoe.hf.same_router import fingerprint
+from usmoe.hf.turns import one_at_a_time
 from usmoe.hf.view import views_of
 from usmoe.routing.host import Groups, Host
 from usmoe.routing.scores import HOST_SCORES
@@ -23,7 +36,12 @@ from usmoe.routing.scores import HOST_SCORES
 Fit = tuple[Host, Source | None, Source | None]
 """A rule, and where its bias and its factors live."""
 
+_KNOWN: dict[Hashable, Rule] = {}
+"""Rules that were found, by what they depend on: asking a router of 64 experts takes half a second a layer."""
+_LIMIT = 1024
 
+
+@one_at_a_time
 @torch.no_grad()
 def own_rule(router: nn.Module, block: nn.Module, experts: nn.Module, logits_index: int = 0) -> Rule:
     """The rule that a router module follows.
@@ -38,6 +56,26 @@ def own_rule(router: nn.Module, block: nn.Module, experts: nn.Module, logits_ind
     if number == 1:
         raise FixedRouteError("it has one expert, so there is nothing to choose")
     arguments = arguments_of(router, block)
+    values = fingerprint(router, block, experts, partial(is_replaced, number=number))
+    key = None if values is None else (logits_index, torch.get_default_dtype(), values)
+    if key in _KNOWN:
+        return _KNOWN[key]
+    rule = _asked_rule(router, block, experts, logits_index, number, arguments)
+    if key is not None:
+        while len(_KNOWN) >= _LIMIT:
+            _KNOWN.pop(next(iter(_KNOWN)))
+        _KNOWN[key] = rule
+    return rule
+
+
+def _asked_rule(
+    router: nn.Module,
+    block: nn.Module,
+    experts: nn.Module,
+    logits_index: int,
+    number: int,
+    arguments: dict[str, Source],
+) -> Rule:
     # whoever else uses the model meanwhile finds its values and its mode as they are
     block, router, experts = views_of(block, router, experts)
     router.eval()

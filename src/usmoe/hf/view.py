@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from usmoe.hf.turns import one_at_a_time
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)}
+TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)}
 """Attributes in which torch keeps the parameters, buffers, submodules and hooks of a module."""
 
 
@@ -55,8 +54,8 @@ class _View:
             return self._remember(module, module)
         view = self._remember(module, object.__new__(type(module)))
         for name, value in vars(module).copy().items():
-            value = value.copy() if name in _TABLES and value is not None else value
-            vars(view)[name] = self._inside(value) if name in _TABLES else self.of(value)
+            value = value.copy() if name in TABLES and value is not None else value
+            vars(view)[name] = self._inside(value) if name in TABLES else self.of(value)
         vars(view).pop("_compiled_call_impl", None)
         return view
 
@@ -98,9 +97,10 @@ class _View:
             made = type(value)(new[0], *new[1], **new[2])
             vars(made).update(new[3])
             return made
-        if isinstance(value, Mapping):
-            items = {key: self.of(one) for key, one in value.copy().items()}
-            if all(items[key] is one for key, one in value.copy().items()):
+        if isinstance(value, dict):
+            kept = dict(value.copy().items())
+            items = {key: self.of(one) for key, one in kept.items()}
+            if all(items[key] is one for key, one in kept.items()):
                 return value
             made = copy.copy(value)
             made.update(items)
@@ -112,18 +112,19 @@ class _View:
         return type(value)._make(after) if hasattr(value, "_make") else type(value)(after)  # pyright: ignore
 
     def _function(self, value: FunctionType) -> Any:
-        """A function that was made within another, and holds what it needs in its cells."""
+        """A function that holds what it needs in its cells, or as what is left out when it is called."""
         compiled = getattr(value, "_torchdynamo_orig_callable", None)
         if compiled is not None:
             return self.of(compiled)
         cells = value.__closure__ or ()
         held = [_content(cell) for cell in cells]
         new = [self.of(one) for one in held]
-        if all(map(_is, held, new)):
+        defaults, named = self.of(value.__defaults__), self.of(value.__kwdefaults__)
+        if all(map(_is, held, new)) and defaults is value.__defaults__ and named is value.__kwdefaults__:
             return value
         closure = tuple(cell if a is b else CellType(b) for cell, a, b in zip(cells, held, new, strict=True))
-        made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
-        made.__kwdefaults__ = value.__kwdefaults__
+        made = FunctionType(value.__code__, value.__globals__, value.__name__, defaults, closure)
+        made.__kwdefaults__ = named
         vars(made).update({name: self.of(one) for name, one in vars(value).items()})
         return made
 
