@@ -288,6 +288,35 @@ def test_a_child_encodes_that_was_forked_while_a_thread_did(make):
             assert _ended(child, seconds=60) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_encodes_that_was_forked_while_a_thread_drew_a_bar():
+    from tqdm import tqdm
+
+    mine, held, done = encoder(HALF), threading.Event(), threading.Event()
+    expected = mine.encode("a text")
+
+    def draw():
+        with tqdm.get_lock():
+            held.set()
+            done.wait(90)
+
+    with ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(draw)
+        assert held.wait(60)
+        try:
+            child = os.fork()
+            if not child:
+                try:
+                    os._exit(0 if np.array_equal(mine.encode("a text"), expected) else 3)
+                finally:
+                    os._exit(4)
+        finally:
+            done.set()
+        assert _ended(child, seconds=30) == 0
+        drawing.result()
+
+
 def _ended(child: int, seconds: float) -> int:
     """The exit status of a child; one that hangs is killed."""
     until = time.monotonic() + seconds

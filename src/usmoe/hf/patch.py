@@ -230,21 +230,6 @@ def patched(model: PreTrainedModel, router: Any) -> Iterator[PreTrainedModel]:
 
 
 @contextlib.contextmanager
-def unpatched(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model without its patch for the length of a with block; then with it again, where there was one."""
-    before = patch_of(model)
-    unpatch(model)
-    try:
-        yield model
-    finally:
-        if before is not None and patch_of(model) is None:
-            _install(unwrapped(model), before.layers, before.routers, before.token, before.cuts)
-            now = patch_of(model)
-            assert now is not None
-            now.listeners = before.listeners
-
-
-@contextlib.contextmanager
 def listening(model: PreTrainedModel, listener: Listener) -> Iterator[None]:
     """Call `listener` at every routing of a patched model in the with block, whatever patches come and go in it."""
     state = patch_of(model)

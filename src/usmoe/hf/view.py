@@ -48,15 +48,12 @@ class _View:
         """The view of a module, one for each."""
         if id(module) in self._made:
             return self._made[id(module)][1]
-        if isinstance(module, torch._dynamo.OptimizedModule):
-            return self._remember(module, self.module(module._modules["_orig_mod"]))
         if isinstance(module, torch.jit.ScriptModule):  # its parts are in C++, and nothing in it can be patched
             return self._remember(module, module)
         view = self._remember(module, object.__new__(type(module)))
         for name, value in vars(module).copy().items():
             value = value.copy() if name in TABLES and value is not None else value
             vars(view)[name] = self._inside(value) if name in TABLES else self.of(value)
-        vars(view).pop("_compiled_call_impl", None)
         return view
 
     def of(self, value: Any) -> Any:
