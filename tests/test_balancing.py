@@ -153,6 +153,7 @@ MOVING: list[Any] = [
 ]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", MOVING, ids=str)
 def test_the_second_batch_is_routed_by_the_average_of_the_first(router: Any):
     moe, plain = layer(router, moving=True), layer(router)
@@ -171,6 +172,7 @@ def test_the_second_batch_is_routed_by_the_average_of_the_first(router: Any):
     assert moe.cut.average.tolist() == plain.cut.average.tolist()  # what is tracked is where the router's own cut fell
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", MOVING, ids=str)
 def test_a_moving_layer_is_causal_in_evaluation_and_spends_its_budget_on_average(router: Any):
     moe = layer(router, moving=True)
@@ -194,6 +196,7 @@ def test_a_moving_layer_is_causal_in_evaluation_and_spends_its_budget_on_average
     assert moe.cut.average.tolist() == still
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", MOVING, ids=str)
 def test_a_moving_layer_is_served_by_the_same_threshold(router: Any):
     moe = layer(router, moving=True)
@@ -207,6 +210,7 @@ def test_a_moving_layer_is_served_by_the_same_threshold(router: Any):
         assert torch.equal(moe.train()(batch(9))[0], before)
 
 
+@pytest.mark.portable
 def test_the_average_of_a_checkpoint_serves_and_goes_on():
     moe = layer(USMoE(k=1.5), moving=True)
     moe(batch(0))
@@ -390,6 +394,7 @@ def test_a_controller_of_a_router_needs_its_k():
 # ---- compilation
 
 
+@pytest.mark.portable
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, at a break
 @pytest.mark.parametrize("given", [{"moving": True}, {"gate": "bias"}], ids=str)
 def test_compiled_layers_equal_eager_ones_step_after_step(given: Any):

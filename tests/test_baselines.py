@@ -159,6 +159,7 @@ def test_stage_one_moves_the_route():
     assert moe(tokens(), tokens=IDS)[1].routing.pair.tolist() != first.routing.pair.tolist()
 
 
+@pytest.mark.portable
 def test_in_stage_two_an_id_has_one_route_whatever_its_hidden_state():
     moe, gate = stable(TokenChoice(k=2))
     gate.freeze()
@@ -170,6 +171,7 @@ def test_in_stage_two_an_id_has_one_route_whatever_its_hidden_state():
     assert distillation_loss([one]) == 0
 
 
+@pytest.mark.portable
 def test_the_stage_travels_with_the_checkpoint():
     moe, gate = stable()
     first_stage = kept(moe)

@@ -95,6 +95,7 @@ def test_the_code_that_the_checkpoint_brings_is_neither_run_nor_asked_for(folder
         assert type(AutoModelForCausalLM.from_pretrained(folder, **trust)) is DeepseekForCausalLM
 
 
+@pytest.mark.portable
 def test_the_inner_model_loads_by_itself(folder):
     whole, inner = load(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
     x = tokens()
@@ -183,6 +184,7 @@ def test_the_balance_loss_of_transformers_is_added_on_request_alone(folder):
     torch.testing.assert_close(asked.loss, plain.loss + 0.001 * asked.aux_loss)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("files", [1, 5])
 def test_saving_writes_the_published_names_bit_for_bit(tmp_path, files):
     tensors = published_tensors(PUBLISHED)

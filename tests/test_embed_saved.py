@@ -14,6 +14,8 @@ from usmoe.embed.encoder import Encoder
 from usmoe.embed.saved import save
 from usmoe.hf.patch import patch_of
 
+pytestmark = pytest.mark.portable
+
 
 @pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
 def test_a_saved_encoder_has_the_same_weights_to_the_bit_and_gives_the_same_vectors(make, tmp_path):

@@ -55,6 +55,7 @@ def test_generation_equals_one_forward_over_what_it_wrote(router, way):
             torch.testing.assert_close(logits[row], whole[6 - start + step].float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", CAUSAL, ids=str)
 def test_a_text_does_not_depend_on_its_batch_mates(router):
     model = usmoe.patch(tiny(initializer_range=0.4).double(), router)
@@ -66,6 +67,7 @@ def test_a_text_does_not_depend_on_its_batch_mates(router):
         assert torch.equal(together[row, start:], alone[0])
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", REMEMBERS, ids=str)
 def test_beam_search_reorders_what_the_router_remembers(router):
     """With and without a cache the same beams: without one nothing is remembered, nor has to be reordered."""

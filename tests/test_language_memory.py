@@ -12,6 +12,8 @@ import usmoe
 from tiny_language import V, tiny
 from usmoe.models.language import LanguageModel
 
+pytestmark = pytest.mark.portable
+
 DECODER = {"position": "rotary", "norm": "rms", "norm_place": "pre", "qk_norm": True, "activation": "swiglu"}
 backbones = pytest.mark.parametrize("shape", [{}, DECODER], ids=["xl", "decoder"])
 routers = pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_dropout_stands_on_the_distances():
     torch.testing.assert_close(dropped, attention(x, x, Sight.of(5, 0)))
 
 
+@pytest.mark.portable
 @backbones
 def test_a_model_that_was_read_in_inference_mode_can_be_trained(config: LanguageConfig):
     """Of a length that no other test has: what is kept of a length is made by whoever comes first."""
@@ -125,6 +126,7 @@ def test_the_sinusoids_of_the_distances():
         torch.testing.assert_close(found[row], torch.tensor(expected))
 
 
+@pytest.mark.portable
 @backbones
 def test_no_gradient_comes_from_a_later_word(config: LanguageConfig):
     """The gradient of one token's output with respect to later words is exactly zero, to earlier ones it is not.
@@ -153,6 +155,7 @@ POOLS = {
 }
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", POOLS.values(), ids=POOLS)
 @backbones
 def test_two_segments_with_memory_are_one_long_segment(config: LanguageConfig, router: usmoe.USMoE):
@@ -195,6 +198,7 @@ def test_memory_has_a_length_and_no_gradient(config: LanguageConfig):
 # ----------------------------------------------------------------------- padding, packing, causality
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", [usmoe.TokenChoice(k=2), usmoe.USMoE(k=1.5), usmoe.ExpertChoice(k=2)], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
 @backbones
@@ -209,6 +213,7 @@ def test_padding_changes_nothing(config: LanguageConfig, router: object, side: s
     torch.testing.assert_close(padded[:1][real].unsqueeze(0), alone, rtol=0, atol=ROUNDING[config.position])
 
 
+@pytest.mark.portable
 @backbones
 def test_packed_examples_are_as_if_alone(config: LanguageConfig):
     model, one, two = made(config, usmoe.USMoE(k=1.5)), text(1, 5), text(1, 4, seed=3)
@@ -217,6 +222,7 @@ def test_packed_examples_are_as_if_alone(config: LanguageConfig):
     torch.testing.assert_close(packed[:, 5:], model(two).hidden, rtol=0, atol=ROUNDING[config.position])
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", [usmoe.TokenChoice(k=2), usmoe.USMoE(k=1.5, pool="prefix")], ids=str)
 @backbones
 def test_later_tokens_change_nothing(config: LanguageConfig, router: object):
@@ -350,6 +356,7 @@ def test_routers_one_a_layer():
 # ------------------------------------------------------------------------------------- transformers
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", ["token_choice(k=2)", "usmoe(k=1.5)"])
 def test_the_decoder_is_an_olmoe(router: str, tmp_path, quiet_transformers):
     from usmoe.train.export import as_olmoe, export

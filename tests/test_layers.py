@@ -33,6 +33,7 @@ SHAPES: list[Any] = [
 ]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("valid", [None, VALID], ids=["whole", "padded"])
 @pytest.mark.parametrize(("router", "given"), SHAPES)
 def test_output_and_gradients_equal_the_loops(router: Any, given: dict, valid: Tensor | None):
@@ -66,6 +67,7 @@ def test_dropped_tokens_get_zero_and_idle_experts_no_gradient():
     assert moe.up.grad[~idle].any()
 
 
+@pytest.mark.portable
 def test_the_two_ways_to_compute_experts_agree():
     moe = layer(USMoE(k=1.5), activation="relu", bias=True)
     routing = route(tokens(seed=4)[..., :E], USMoE(k=1.5))
@@ -84,6 +86,7 @@ def test_segments_reach_the_router():
     torch.testing.assert_close(y, apart, rtol=0, atol=1e-12)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("garbage", [0.0, 1e30, math.nan])
 @pytest.mark.parametrize("kind", ["moe", "soft"])
 def test_padding_changes_nothing_for_real_tokens(kind: str, garbage: float):
@@ -157,6 +160,7 @@ def test_autocast(kind: str, bias: bool):
 # ---- checkpointing, compilation, memory
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradients(reentrant: bool):
     moe, x, factors = layer(USMoE(k=1.5), bias=True), tokens().requires_grad_(), tokens(seed=2)
@@ -168,6 +172,7 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool):
         assert torch.equal(value.grad, plain[name]), name
 
 
+@pytest.mark.portable
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, at a break
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

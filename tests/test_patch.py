@@ -33,6 +33,7 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     return x, mask
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("family", FAMILIES)
 def test_own_choice_through_our_path_equals_the_model(family):
     model = tiny(family)
@@ -73,6 +74,7 @@ def block_by_loop(block: nn.Module, x: torch.Tensor, router, host, valid) -> tor
     return torch.stack(out).view_as(x)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
 def test_a_patched_block_equals_the_loop_in_output_and_gradients(router):
     from usmoe.hf.layers import moe_layers
@@ -118,6 +120,7 @@ def test_padding_reaches_the_router_and_takes_no_budget():
         assert counts.sum(1).tolist() == [int(1.5 * 9 + 0.5), int(1.5 * 10 + 0.5)]
 
 
+@pytest.mark.portable
 def test_what_padding_holds_and_where_it_stands_does_not_matter():
     model = tiny()
     x = tokens(1, 8)
@@ -132,6 +135,7 @@ def test_what_padding_holds_and_where_it_stands_does_not_matter():
             torch.testing.assert_close(out, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.portable
 def test_a_sequence_does_not_depend_on_its_batch_mates():
     model = tiny()
     x = tokens(4, 9)
@@ -257,6 +261,7 @@ def test_the_rule_is_recognised_in_bfloat16_where_logits_tie_and_with_weights_of
         assert all(row.supported for row in usmoe.supported(model)), size
 
 
+@pytest.mark.portable
 def test_generation_step_by_step_equals_the_whole_under_a_causal_router():
     model = tiny()
     x = tokens(1, 10)
@@ -434,6 +439,7 @@ def test_the_balance_loss_follows_the_real_route():
     assert model(x, attention_mask=mask, labels=x).aux_loss is None
 
 
+@pytest.mark.portable
 def test_the_balance_loss_that_a_configuration_asks_for_is_ours_too():
     model = tiny(output_router_logits=True)
     x = tokens()

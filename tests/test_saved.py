@@ -11,6 +11,8 @@ import usmoe
 from rounding import assert_to_rounding
 from tiny import tiny, tokens
 
+pytestmark = pytest.mark.portable
+
 ROUTERS = [
     usmoe.OwnChoice(k=2),
     usmoe.ExpertChoice(pool="threshold", threshold=(0.4, 0.5, 0.6, 0.5, 0.5, 0.45, 0.55, float("inf"))),

@@ -20,6 +20,8 @@ from usmoe import USMoE
 from usmoe.routing import Host
 from usmoe.routing.streaming import Stream
 
+pytestmark = pytest.mark.portable
+
 # Scores are sigmoids of these logits (alpha=1), so the logits rank. Two experts, four tokens:
 #
 #            e0   e1      floor(k*t + 0.5) at k=1   the best so far              token t takes

@@ -447,6 +447,7 @@ def test_an_orthogonalised_update_has_singular_values_near_one():
     assert values.max() < 1.3
 
 
+@pytest.mark.portable
 def test_the_recipe_of_the_shipped_model_trains_and_is_exported(tmp_path, quiet_transformers):
     """scripts/shipped.toml with tiny sizes, on the sample: what comes out is plain transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -474,11 +475,14 @@ def test_the_recipe_of_the_shipped_model_trains_and_is_exported(tmp_path, quiet_
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.decode(tokenizer("It was a dark night.").input_ids) == "It was a dark night."
     ours, tokens = load_run(tmp_path / "run").model, torch.arange(2, 14).view(1, -1)
-    theirs = model.float()(tokens).logits
     with torch.no_grad():
-        torch.testing.assert_close(ours.words.logits(ours(tokens).hidden), theirs, rtol=0, atol=0.03)
+        for weight in ours.parameters():  # with other weights a token that nearly ties would have another expert
+            weight.copy_(weight.bfloat16())
+        theirs = model.float()(tokens).logits
+        torch.testing.assert_close(ours.words.logits(ours(tokens).hidden), theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.portable
 def test_parts_of_a_step_are_the_whole_step(tmp_path):
     """Sequences are alike to every router that is independent of the batch: gradients in two parts are those in one."""
     base = configured(model__dropout=0.0, steps=3, model__router="token_choice(k=2)")
