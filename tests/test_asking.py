@@ -1,5 +1,7 @@
 """A router's own rule is found out by asking it: the cases in which a few answers would not do."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -109,3 +111,36 @@ def test_what_is_no_batch_is_refused_in_a_sentence():
                 find(bad)
     with pytest.raises(ValueError, match="no alphas"):
         usmoe.tune(model, [tokens()], alphas=())
+
+
+ODD_RULES = [
+    *(("phimoe", dict(router_jitter_noise=jitter)) for jitter in (0.01, 0.2, 0.3, 0.5)),
+    ("deepseek_v3 grouped", dict(routed_scaling_factor=0.013)),
+    ("hunyuan_v1_moe", {}),
+    ("laguna softcapped", {}),
+    ("minimax_m3_vl", {}),
+    ("qwen3_moe unnormalised", {}),
+]
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("quiet_transformers")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "changes"), ODD_RULES, ids=str)
+def test_a_rule_is_read_in_16_bits_as_in_32(name, changes, dtype):
+    model = build(FAMILIES[name], **changes)
+    wide = moe_layers(model)
+    assert all(layer.rule is not None for layer in wide)
+    model.to(dtype)
+    before = {name: (value.dtype, value.clone()) for name, value in model.state_dict().items()}
+    for layer, narrow in zip(wide, moe_layers(model), strict=True):
+        assert narrow.rule is not None, narrow.reason
+        one, other = (
+            dataclasses.asdict(dataclasses.replace(rule.host, scale=1.0, bias=None))
+            for rule in (layer.rule, narrow.rule)
+        )
+        assert one == other
+        assert narrow.rule.host.scale == pytest.approx(layer.rule.host.scale, rel=1e-4)
+    for name, value in model.state_dict().items():  # what was asked has its own values and dtype again
+        assert value.dtype is before[name][0]
+        assert torch.equal(value, before[name][1])

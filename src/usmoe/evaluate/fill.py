@@ -103,7 +103,8 @@ def _load(task: Any, local: LocalData, num_proc: int | None) -> None:
     if isinstance(task, AbsTaskClassification):
         of_subsets: Any = task.dataset if task.metadata.is_multilingual else {"default": task.dataset}
         numbered = {subset: _numbered(task, splits) for subset, splits in of_subsets.items()}
-        task.dataset = numbered if task.metadata.is_multilingual else numbered["default"]
+        filled: Any = numbered if task.metadata.is_multilingual else numbered["default"]
+        task.dataset = filled
     task.data_loaded = True
 
 
@@ -113,14 +114,19 @@ def _numbered(task: Any, splits: Mapping[str, Dataset]) -> DatasetDict:
     name, needed = task.label_column_name, _needed(task)
     classes = {label for split in needed for label in splits[split][name]}
     if all(type(label) is int for label in classes):
-        return DatasetDict(dict(splits))
+        return _together(splits)
     places = {label: place for place, label in enumerate(sorted(classes))}
 
     def renamed(rows: Dataset) -> Dataset:
         numbers = [places.get(label) for label in rows[name]]
         return rows.remove_columns(name).add_column(name, numbers)  # pyright: ignore[reportCallIssue]
 
-    return DatasetDict({split: renamed(rows) if split in needed else rows for split, rows in splits.items()})
+    return _together({split: renamed(rows) if split in needed else rows for split, rows in splits.items()})
+
+
+def _together(splits: Mapping[str, Dataset]) -> DatasetDict:
+    named: dict[Any, Dataset] = dict(splits)
+    return DatasetDict(named)
 
 
 def _needed(task: Any) -> list[str]:

@@ -83,7 +83,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, x_tangent: Tensor | None, weight_tangent: Tensor | None, _: None) -> Tensor:
         x, weight = ctx.saved_tensors if ctx.packed is None else (None, ctx.packed)
-        of_x = 0.0 if x_tangent is None else _GroupedLinear.apply(x_tangent, weight, ctx.counts)
+        of_x: Any = 0.0 if x_tangent is None else _GroupedLinear.apply(x_tangent, weight, ctx.counts)
         return of_x + (0.0 if weight_tangent is None else _GroupedLinear.apply(x, weight_tangent, ctx.counts))
 
     @staticmethod
@@ -118,7 +118,7 @@ class _GroupedOuter(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, grad_tangent: Tensor | None, x_tangent: Tensor | None, _: None) -> Tensor:
         grad, x = ctx.saved_tensors
-        of_grad = 0.0 if grad_tangent is None else _GroupedOuter.apply(grad_tangent, x, ctx.counts)
+        of_grad: Any = 0.0 if grad_tangent is None else _GroupedOuter.apply(grad_tangent, x, ctx.counts)
         return of_grad + (0.0 if x_tangent is None else _GroupedOuter.apply(grad, x_tangent, ctx.counts))
 
     @staticmethod

@@ -114,15 +114,24 @@ def arguments_of(router: nn.Module, block: nn.Module) -> dict[str, Source]:
 def other_values(router: nn.Module, block: nn.Module, number: int, arguments: dict[str, Source]) -> Iterator[Probe]:
     """Random values in place of the vectors that have one value an expert (and some null experts), and of the matrices:
     a bias that is still zero, a factor that is still one, or weights that have not been loaded yet would not show what
-    they do. All are put back."""
+    they do. What is in 16 bits or fewer becomes float32, since a rule that compares (within a tolerance, in groups)
+    rounds to either side there. All are put back."""
     generator = torch.Generator().manual_seed(1)
     probe = Probe()
+    # what accelerate brings for a forward comes in the dtype that it was loaded in, and must meet its like
+    widens = not any(one.is_meta for one in itertools.chain(router.parameters(), router.buffers()))
     kept: list[tuple[Any, str, Any]] = []
     for inside, module in router.named_modules():
         stores: tuple[Any, ...] = (module._parameters, module._buffers)
         for store in stores:
             for name, old in store.items():
-                if old is None or not is_replaced(module, name, old, number):
+                if old is None or old.is_meta or not old.is_floating_point():
+                    continue
+                wide = torch.float32 if widens and old.itemsize < 4 else old.dtype
+                if not is_replaced(module, name, old, number):
+                    if wide is not old.dtype:
+                        kept.append((store, name, old))
+                        store[name] = _like(old, old.detach().to(wide))
                     continue
                 vector = _one_an_expert(old, number)
                 drawn = torch.randn(old.shape, generator=generator)
@@ -130,9 +139,9 @@ def other_values(router: nn.Module, block: nn.Module, number: int, arguments: di
                     drawn = 1 + 0.3 * drawn.abs() if bool((old > 0).all()) else 0.3 * drawn
                 else:
                     drawn = drawn / old.shape[1] ** 0.5
-                drawn = drawn.to(old)
+                drawn = drawn.to(old.device, wide)
                 kept.append((store, name, old))
-                store[name] = nn.Parameter(drawn, requires_grad=False) if isinstance(old, nn.Parameter) else drawn
+                store[name] = _like(old, drawn)
                 if vector:
                     path = f"{inside}.{name}" if inside else name
                     probe.vectors.append((Source(path=path), drawn.reshape(-1)))
@@ -156,6 +165,10 @@ def is_replaced(module: nn.Module, name: str, value: Tensor, number: int) -> boo
     if value.device.type == "meta" or not value.is_floating_point():
         return False
     return _one_an_expert(value, number) or (value.ndim == 2 and name in module._parameters)
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
 def _one_an_expert(values: Tensor, number: int) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 
 DATA = "which pairs are routed is data: compile without fullgraph=True, so that the graph may break there"
 """Why no compiler takes what routes; torch says it where a full graph is asked for."""
@@ -27,7 +28,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def under_transformation() -> bool:
     """Whether torch.func (grad, vjp, jvp, vmap) runs a function: nothing outside of it may change then, so that what a
     layer tracks of its batches stays as it is."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return peek_interpreter_stack() is not None
 
 
 def refuse_recording(what: str, instead: str) -> None:
@@ -36,8 +37,9 @@ def refuse_recording(what: str, instead: str) -> None:
     what     layer or model, for the message
     instead  what to do, as a sentence
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        by = "torch.jit.trace" if torch.jit.is_tracing() else "torch.export"
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing or torch.compiler.is_exporting():
+        by = "torch.jit.trace" if tracing else "torch.export"
         raise RuntimeError(
             f"{by} would write down the (token, expert) pairs of this one batch, and the {what} would compute every "
             f"other by them. {instead}"
