@@ -129,6 +129,13 @@ class Patch:
         copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the tokens of its forwards: what is saved, or hashed, does not depend on what it last read."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("forward", "last")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, forward=Forward(), last=Forward())
+
     @property
     def idle(self) -> bool:
         """Whether no forward is in progress, nor run again in backward."""

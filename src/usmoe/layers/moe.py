@@ -123,6 +123,7 @@ class MoE(nn.Module):
         reads them (`reads_tokens`); other gates never see them. The output has the dtype of x, or of autocast where
         that is on.
         """
+        refuse_recording("layer", "Use torch.compile(layer) instead.")
         if x.ndim != 3 or x.shape[-1] != self.up.shape[-1]:
             raise ValueError(f"x is {tuple(x.shape)}. Give (sequences, tokens, {self.up.shape[-1]}).")
         if valid is not None and not padding_counts(self.router):  # a NaN in padding times a gradient of 0 is a NaN
@@ -134,7 +135,6 @@ class MoE(nn.Module):
                 "layer.to_empty(device=...), then load its weights."
             )
         gated = self._gated(x, tokens)
-        refuse_recording("layer", "Use torch.compile(layer) instead.")
         if self.debug:
             check(gated.logits, valid, segments, padding_counts(self.router))
         # compiled code breaks its graph here: the pairs are data, and the selection stays exact
