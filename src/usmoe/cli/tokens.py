@@ -105,7 +105,7 @@ def _enough(tokenizer: Any, text: str, length: int, sequences: int) -> Tensor:
         space = re.compile(r"\s").search(text, near, near + _CHARACTERS * length) if near else None
         start = near if space is None else space.start()
         found.append(first_tokens(tokenizer, [text[start : start + LONG // 4]], length))
-    return torch.cat(found)
+    return torch.cat([one for one in found if len(one) == length] or found)
 
 
 def _spread(ids: Tensor, length: int, most: int) -> Tensor:

@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import gzip
 import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,7 +17,13 @@ from typing import IO, Any
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
 """Endings of compressed files. What a file is, its first bytes say, whatever it is called."""
 
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_OPENERS: dict[bytes, Any] = {
+    rb"\x1f\x8b\x08": gzip.open,
+    rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)": bz2.open,  # a block, or the end of an empty file
+    rb"\xfd7zXZ\0": lzma.open,
+}
+"""By what a compressed file begins with, as a pattern: a text may begin with the letters BZh alone."""
+
 _REFUSED = {
     b"\x28\xb5\x2f\xfd": "is compressed by zstd, which usmoe does not read. Decompress it (zstd -d)",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive, which usmoe does not read. Unpack it",
@@ -39,12 +46,12 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 def _open(path: Path, stack: contextlib.ExitStack) -> IO[bytes]:
     with path.open("rb") as file:
-        first = file.read(8)
+        first = file.read(16)
     for magic, reason in _REFUSED.items():
         if first.startswith(magic):
             raise ValueError(f"{path} {reason}.")
     for magic, open_it in _OPENERS.items():
-        if first.startswith(magic):
+        if re.match(magic, first):
             return open_it(path)
     if not (first.startswith(b"PK") and zipfile.is_zipfile(path)):
         return path.open("rb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import itertools
@@ -25,11 +26,12 @@ _WHOLE = r"0|-?[1-9]\d{0,17}"
 _NUMBER = r"-?(?!0\d|\d{16,}$)\d*\.?\d+(e[-+]?\d+)?"
 
 
-def read(path: Path) -> Dataset:
+def read(path: Path, *, mixed: bool = True) -> Dataset:
     """The rows of a .parquet, .jsonl (.ndjson), .json, .csv or .tsv file, in memory; ids in csv and tsv are text.
 
     A .json file holds a list of objects, an object of columns, or an object a line. Rows of JSON have all keys that any
-    of them has; a key that a row lacks is null there.
+    of them has; a key that a row lacks is null there. Whole numbers beside texts in a column of theirs are texts, so
+    that the labels 1 and "1" are one; without `mixed` they are refused.
 
     Raises ValueError, naming the file, where it cannot be read: truncated, empty, of another format, or with two
     columns of one name."""
@@ -44,12 +46,12 @@ def read(path: Path) -> Dataset:
             return _csv(text, "\t" if kind == ".tsv" else ",")
         whole = _json(text) if kind == ".json" else _lines(text)
         if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
-            return Dataset.from_dict({name: _of_one_kind(name, column) for name, column in whole.items()})
+            return Dataset.from_dict({name: _of_one_kind(name, column, mixed) for name, column in whole.items()})
         if not isinstance(whole, list) or not whole or not all(isinstance(row, dict) for row in whole):
             raise ValueError("it holds no rows, which are JSON objects")
         names = dict.fromkeys(name for row in whole for name in row)
-        return Dataset.from_dict({name: _of_one_kind(name, [row.get(name) for row in whole]) for name in names})
-    except (ValueError, TypeError, OSError, pa.ArrowException) as error:
+        return Dataset.from_dict({name: _of_one_kind(name, [row.get(name) for row in whole], mixed) for name in names})
+    except (ValueError, TypeError, OSError, OverflowError, pa.ArrowException) as error:
         reason = str(error).removeprefix(f"{path} ").strip().rstrip(".").splitlines() or [type(error).__name__]
         raise ValueError(
             f"{path} cannot be read as {kind[1:]}: {reason[0]}. Correct it, or put a whole copy there."
@@ -85,11 +87,14 @@ def _batches(path: Path, kind: str) -> Iterator[list[Any]]:
     elif kind in (".jsonl", ".ndjson"):
         with opened(path) as file:
             rows = (_row(line, number) for number, line in enumerate(file, 1) if line.strip())
+            first = True
             while batch := list(itertools.islice(rows, 1000)):
-                _require_text(dict.fromkeys(name for row in batch for name in row))
+                if first:
+                    _require_text(dict.fromkeys(name for row in batch for name in row))
+                first = False
                 yield [row.get("text") for row in batch]
     else:
-        rows = read(path)
+        rows = read(path, mixed=False)
         _require_text(rows.column_names)
         for batch in rows.iter(batch_size=1000):
             yield batch["text"]  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
@@ -103,9 +108,11 @@ def _require_text(names: Iterable[str]) -> None:
 def _row(line: bytes, number: int) -> dict[str, Any]:
     """The object in a line of JSON lines."""
     try:
-        row = json.loads(utf8(line))
-    except ValueError as error:
-        raise ValueError(f"line {number:,} is no JSON of UTF-8 ({error})") from error
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no UTF-8: line {number:,} holds the byte 0x{line[error.start]:02x}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg}: line {number:,} column {error.colno:,}") from error
     if not isinstance(row, dict):
         raise ValueError(f"line {number:,} is no row, which is a JSON object")
     return row
@@ -136,14 +143,14 @@ def _json(text: str) -> Any:
         return _lines(text)
 
 
-def _of_one_kind(name: str, column: list[Any]) -> list[Any]:
-    """A column of JSON as Arrow can hold it: whole numbers beside texts become texts, so that 1 and "1" are one.
+def _of_one_kind(name: str, column: list[Any], mixed: bool) -> list[Any]:
+    """A column of JSON as Arrow can hold it: with `mixed`, whole numbers beside texts become texts.
 
     Raises ValueError, with the row, for other mixtures."""
     kinds = {type(value) for value in column if value is not None}
     if len(kinds) < 2 or kinds <= {int, float}:
         return column
-    if kinds == {str, int}:
+    if mixed and kinds == {str, int}:
         return [str(value) if isinstance(value, int) else value for value in column]
     first = next(value for value in column if value is not None)
     number, other = next((n, v) for n, v in enumerate(column, 1) if v is not None and type(v) is not type(first))

@@ -110,10 +110,13 @@ def _load(task: Any, local: LocalData, num_proc: int | None) -> None:
 
 def _numbered(task: Any, splits: Mapping[str, Dataset]) -> DatasetDict:
     """The splits with their classes as numbers, in the order of the classes: of two that are words, scikit-learn does
-    not know which is the positive one. Whole numbers stay as they are."""
+    not know which is the positive one, nor of 2 and 3. 0, 1, ... stay as they are, and so do lists of classes."""
     name, needed = task.label_column_name, _needed(task)
-    classes = {label for split in needed for label in splits[split][name]}
-    if all(type(label) is int for label in classes):
+    labels = [label for split in needed for label in splits[split][name]]
+    if any(isinstance(label, list) for label in labels):
+        return _together(splits)
+    classes = set(labels)
+    if classes == set(range(len(classes))) and not any(isinstance(label, bool) for label in classes):
         return _together(splits)
     places = {label: place for place, label in enumerate(sorted(classes))}
 

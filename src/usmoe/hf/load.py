@@ -92,9 +92,9 @@ def load_tokenizer(model: str | Path | None = None, *, offline: bool = False) ->
 
 
 def refuse_empty(tokenizer: Any, source: str) -> None:
-    """Raise ValueError for a tokenizer that gives a text no token, or none but special ones: of a folder without the
-    files of a tokenizer, transformers makes an empty one for some families, in silence. A callable of the user's own
-    that does not say how many tokens it knows is none of these."""
+    """Raise ValueError for a tokenizer that has none but special tokens, or gives a text no token: of a folder without
+    the files of a tokenizer, transformers makes an empty one for some families, in silence. A callable that does not
+    say how many tokens it knows is none of these."""
     if not hasattr(tokenizer, "__len__"):
         return
     special = set(getattr(tokenizer, "all_special_ids", ()))
