@@ -292,6 +292,7 @@ def test_a_child_encodes_that_was_forked_while_a_thread_did(make):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_encodes_that_was_forked_while_a_thread_drew_a_bar():
     from tqdm import tqdm
+    from tqdm.std import TqdmDefaultWriteLock
 
     mine, held, done = encoder(HALF), threading.Event(), threading.Event()
     expected = mine.encode("a text")
@@ -315,6 +316,9 @@ def test_a_child_encodes_that_was_forked_while_a_thread_drew_a_bar():
             done.set()
         assert _ended(child, seconds=30) == 0
         drawing.result()
+    shared = TqdmDefaultWriteLock.mp_lock  # the parent's own bars go on
+    assert shared.acquire(timeout=10)
+    shared.release()
 
 
 def _ended(child: int, seconds: float) -> int:

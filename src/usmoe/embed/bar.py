@@ -16,9 +16,12 @@ def bar(total: int | None, what: str, unit: str, *, shown: bool, done: int = 0, 
 
 
 def _renew() -> None:
-    """Whatever thread held tqdm's lock, also for a bar that is not shown, is not there in the child."""
+    """Whatever thread held tqdm's lock, also for a bar that is not shown, is not there in the child. The part of it
+    that processes share goes, too: taken and given back by the child it would stay taken, and the parent would hang."""
     if isinstance(tqdm.get_lock(), TqdmDefaultWriteLock):  # and not one of the user's own
         TqdmDefaultWriteLock.th_lock = threading.RLock()
+        if "mp_lock" in vars(TqdmDefaultWriteLock):
+            del TqdmDefaultWriteLock.mp_lock
         tqdm.set_lock(TqdmDefaultWriteLock())
 
 
