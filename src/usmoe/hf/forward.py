@@ -13,19 +13,18 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from usmoe.hf.balance import asked, put_real_balance_loss, refuse_cut_off
 from usmoe.hf.layers import Layer
 from usmoe.hf.masks import MisshapenMaskError, Tokens, UnreadableMaskError, tokens_of_mask
 from usmoe.hf.memory import cached_length, is_cache, recall, refuse_continuous_batching, remember
 from usmoe.hf.packing import begin_anew, by_flash_attention, by_lengths, is_paged
 from usmoe.hf.wrapped import unwrapped
-from usmoe.layers.balance import pooled_balance_loss
 from usmoe.layers.cut import MovingCut
 from usmoe.layers.mode import DATA, under_transformation
 from usmoe.routing import OwnChoice
@@ -192,9 +191,9 @@ def enter(state: Patch, module: nn.Module, given: dict[str, Any], kwargs: dict[s
         elif now.unmasked and mask is None and shape is not None:  # the innermost model knows which attention it is
             now.valid, now.segments = by_flash_attention(module.config, given, *shape) or (now.valid, now.segments)
         now.shape = shape
-        if module is state.model and _asked(module, given, "output_router_logits"):
+        if module is state.model and asked(module, given, "output_router_logits"):
             now.said = []
-            now.as_tuple = not _asked(module, given, "return_dict")
+            now.as_tuple = not asked(module, given, "return_dict", otherwise=True)
             return kwargs | {"return_dict": True} if now.as_tuple else kwargs
         return kwargs
     except BaseException:
@@ -281,22 +280,6 @@ def _tokens(state: Patch, mask: Any, shape: tuple[int, int] | None, past: int | 
         return None, None
 
 
-def _asked(module: Any, given: Mapping[str, Any], name: str) -> bool:
-    """Whether a forward is to have something, by its argument or, without one, by the model's configuration."""
-    asked = given.get(name)
-    return bool(getattr(module.config, name, False) if asked is None else asked)
-
-
-def _coefficient(module: Any) -> float | None:
-    """What the model's own balance loss is multiplied by; None for a model that does not say."""
-    text = getattr(module.config, "text_config", None)
-    for name, holder in product(("router_aux_loss_coef", "aux_loss_coef"), (module, module.config, text)):
-        found = getattr(holder, name, None)
-        if isinstance(found, int | float):
-            return float(found)
-    return None
-
-
 @_not_compiled
 def leave(state: Patch, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """After a model's forward, also one that failed (then there is no output)."""
@@ -316,40 +299,13 @@ def leave(state: Patch, module: nn.Module, args: Any, kwargs: Any, output: Any) 
             remember(cache, state.routers, {**now.remembered, **now.states})
     if now.said is not None and isinstance(output, Mapping):
         if output.get("aux_loss") is not None:  # a head that has a balance loss; others have none, and get none
-            _refuse_cut_off(output, now)
+            refuse_cut_off(output, now.cut_off)
             if state.others:
-                _put_our_balance_loss(output, now, _coefficient(module), state.others[0])
+                put_real_balance_loss(module, output, now.said, state.others[0])
         if now.as_tuple:
             output = output.to_tuple()  # pyright: ignore[reportAttributeAccessIssue]
     now.said = None
     return output
-
-
-def _refuse_cut_off(output: Any, now: Forward) -> None:
-    """Refuse a balance loss that teaches nothing: transformers computes it all the same."""
-    loss = output.get("loss")
-    if now.cut_off and torch.is_grad_enabled() and (loss is None or loss.requires_grad):
-        raise ValueError(
-            "Reentrant activation checkpointing runs the layers without a graph, so that the balance loss would be in "
-            "the loss and teach the routers nothing. Turn it on with gradient_checkpointing_kwargs="
-            "{'use_reentrant': False}."
-        )
-
-
-def _put_our_balance_loss(output: Any, now: Forward, coefficient: float | None, router: Any) -> None:
-    """The balance loss of the pairs that were routed in the place of the model's own, which assumes token choice; what
-    the model made of the other parts stays as it is."""
-    loss = output.get("loss")
-    if coefficient is None and loss is not None:
-        raise ValueError(
-            f"This model adds a balance loss to its loss, and usmoe cannot tell how much of it to replace under "
-            f"{router}. Leave output_router_logits out, and add usmoe.layers.balance.balance_loss() yourself."
-        )
-    assert now.said is not None
-    ours, theirs = pooled_balance_loss(now.said), output["aux_loss"]
-    if loss is not None and coefficient:
-        output["loss"] = loss + coefficient * (ours.to(loss.device) - torch.as_tensor(theirs, device=loss.device))
-    output["aux_loss"] = ours
 
 
 @_not_compiled
