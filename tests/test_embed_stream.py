@@ -13,6 +13,7 @@ import sys
 import time
 import tracemalloc
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -499,9 +500,9 @@ def test_processes_are_started_once_for_the_whole_stream(shipped, file, tmp_path
     started = []
 
     class Counted:
-        def __init__(self, extract: Any, routers: Any, processes: int):
+        def __init__(self, model: Any, extract: Any, routers: Any, processes: int):
             started.append(processes)
-            self.extract = extract
+            self.extract = partial(extract, model)
 
         def __call__(self, batches: Any) -> Any:
             return map(self.extract, batches)
