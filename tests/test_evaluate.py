@@ -58,7 +58,9 @@ def forwards(monkeypatch) -> list[int]:
     """Texts in each batch that is run through the model."""
     seen: list[int] = []
     run = Extractor.__call__
-    monkeypatch.setattr(Extractor, "__call__", lambda self, batch: seen.append(len(batch)) or run(self, batch))
+    monkeypatch.setattr(
+        Extractor, "__call__", lambda self, model, batch: seen.append(len(batch)) or run(self, model, batch)
+    )
     return seen
 
 
