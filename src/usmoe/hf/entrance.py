@@ -70,7 +70,7 @@ def open_entrances(state: Patch, model: nn.Module) -> None:
         signature = _without_annotations(inspect.signature(module.forward))
         if module not in blocks or "attention_mask" in signature.parameters:
             put: Any = partial(entrance, state, module, module.__dict__.get("forward"), signature)
-            put.__signature__ = signature  # Trainer, generate() and sentence-transformers choose arguments by it
+            put.__wrapped__ = module.forward  # Trainer, generate() and sentence-transformers choose arguments by it
             module.forward = put
             setattr(module, _ENTERED, state)
 
