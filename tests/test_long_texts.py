@@ -13,6 +13,7 @@ from tiny import tokenizer as characters
 from usmoe.cli import tokens
 from usmoe.cli.tokens import corpus, first_tokens, token_ids
 from usmoe.data.bpe import Pieces
+from usmoe.embed.own_tokenizer import OwnTokenizer
 from usmoe.embed.texts import Reader
 from usmoe.hf.load import load_tokenizer
 from usmoe.models import SAMPLE
@@ -52,7 +53,7 @@ def tokenizer(request) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_long_text_has_the_tokens_that_its_whole_has(tokenizer, text: str, prompt: str):
     counting = Counting(tokenizer)
-    read = Reader(tokenizer=counting, prompt=prompt, max_length=96)
+    read = Reader(own=OwnTokenizer(counting), prompt=prompt, max_length=96)
     ids, cut = read.ids_and_cut([TEXTS[text], "short"])
     assert cut.tolist() == [True, False]
     assert ids[0] == read._cut(*_around(prompt, TEXTS[text]))
