@@ -6,6 +6,7 @@ import os
 import threading
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -23,6 +24,7 @@ def _renew() -> None:
         if "mp_lock" in vars(TqdmDefaultWriteLock):
             del TqdmDefaultWriteLock.mp_lock
         tqdm.set_lock(TqdmDefaultWriteLock())
+    torch.set_num_threads(1)  # OpenMP's threads are not there either, and a product of several would wait for them
 
 
 if hasattr(os, "register_at_fork"):
