@@ -24,6 +24,15 @@ from usmoe.hf.patch import patch_of
 from usmoe.hf.view import view_of
 
 
+@pytest.fixture(autouse=True)
+def one_thread_each():
+    """OpenMP's threads of several Python threads wait for one another where there are fewer cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @contextmanager
 def meanwhile(*loops: Callable[[], object]):
     """Each function again and again in a thread of its own, for the length of the with block; what one raises is
